@@ -362,10 +362,10 @@ class FusedForward:
         staged: NextOperand | None = None,
         following: NextOperand | None = None,
     ) -> Tensor:
-        """Computes a matrix product; adds it to ``onto`` in place, if that is given.
+        """Computes a matrix product, added to ``onto`` in place where that is given.
 
-        If ``staged`` is given, x is read from there. If ``following`` is given, the result (or with
-        a norm epilogue its prescaled input) is stored there only.
+        Where x is ``staged``, it is read from there; and the result, or with a norm epilogue its
+        prescaled input, is stored as ``following`` alone where that is given.
         """
         x_MK = x.x if isinstance(x, PrescaledInput) else x
         width = linear.n // 2 if linear.paired else linear.n
@@ -619,8 +619,8 @@ def _kernels(plans: _LinearPlans) -> list[Kernel]:
 class _Plans:
     """The launch plans of a step of B sequences with T tokens each.
 
-    Layers with the same configuration and weight formats share their plans, if the same kind of
-    layer (or the head) follows them.
+    Layers with the same configuration and weight formats share their plans, where the same layer or
+    the head follows them.
 
     Attributes:
         layers: The plans of each layer.

@@ -1,1 +1,1 @@
-"""One decoder, configured; the families that configure it."""
+"""The decoder, and the model families that configure it."""

@@ -1,8 +1,8 @@
 """The key/value cache: seats, each with a length of its own.
 
-A seat holds one sequence. Lengths live with the engine, as positions handed to every forward; the
-cache itself is memory and the writing into it. A position that is not yet written is never read,
-since attention stops at a token's own position.
+A seat holds one sequence. The engine keeps the lengths, and passes positions to every forward; the
+cache is only memory, and functions that write into it. A position that is not yet written is never
+read, since attention stops at a token's own position.
 
 Shape letters: S seats, J key/value heads, C positions, E head dimension, B sequences, T tokens.
 """
@@ -19,11 +19,11 @@ class KVCache(nn.Module):
     """Keys and values of every layer, [S, J, C, E] each: a head's history is contiguous.
 
     Args:
-        kv_heads: For each layer, its key/value heads and their width: J and E.
+        kv_heads: For each layer, the number of key/value heads and their width: J and E.
         n_seats: S.
         n_positions: C.
         dtype: Element type.
-        device: Its device.
+        device: The device.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 """The configuration of a decoder, and the weights that follow from it.
 
 A model is a tuple of layer configurations, which may differ. A layer is attention and a
-feed-forward; each declares the matrices and norms that it has, and whatever handles weights (names
-in a checkpoint, shards, loading, memory) iterates over these declarations.
+feed-forward; each declares its matrices and norms. All code that handles weights (names in a
+checkpoint, shards, loading, memory) iterates over these declarations.
 
-Families make a configuration from a checkpoint's ``config.json``, which ``models.keys`` validates;
-a folder's name means nothing.
+A family makes a configuration from a checkpoint's ``config.json``, which ``models.keys`` validates;
+the folder's name has no influence.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class RopeConfig:
         factor: The scaling factor; ``longrope`` has none.
         original_max_position: Context length before scaling.
         low_freq_factor: ``llama3``: wavelengths above original_max_position / this are scaled.
-        high_freq_factor: ``llama3``: those below original_max_position / this are kept.
+        high_freq_factor: ``llama3``: wavelengths below original_max_position / this are kept.
         beta_fast: ``yarn``: frequencies with more rotations than this within
             original_max_position are kept.
-        beta_slow: ``yarn``: those with fewer rotations than this are scaled.
-        truncate: ``yarn``: the bounds of the ramp between them are whole frequencies.
+        beta_slow: ``yarn``: frequencies with fewer rotations than this are scaled.
+        truncate: ``yarn``: the bounds of the ramp between kept and scaled frequencies are rounded
+            to whole indices.
         short_factors: ``longrope``: a divisor for each frequency, up to original_max_position.
-        long_factors: ``longrope``: those beyond it.
+        long_factors: ``longrope``: the divisors beyond original_max_position.
         attention_factor: ``yarn``, ``longrope``: the factor of cosines and sines.
         partial: The part of a head that is rotated, its first elements.
     """
@@ -66,7 +67,7 @@ class RopeConfig:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether sequences beyond ``original_max_position`` have other frequencies."""
+        """Whether frequencies change for sequences beyond ``original_max_position``."""
         if self.scaling == "longrope":
             return self.short_factors != self.long_factors
         return self.scaling == "dynamic"
@@ -74,7 +75,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A matrix of a checkpoint: one of those that a decoder's matrix is joined from.
+    """A matrix of a checkpoint, of which a decoder's matrix has one or several.
 
     Attributes:
         name: Its name in the checkpoint, within its layer, such as ``self_attn.q_proj``.
@@ -82,7 +83,7 @@ class Part:
         n: Output features.
         axis: The dimension that tensor parallelism shards.
         unit: Features of one element of that axis: the width of a head, or 1.
-        rotated: It outputs heads that rope rotates.
+        rotated: Rope rotates its outputs, which are heads.
     """
 
     name: str
@@ -95,17 +96,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A weight matrix as a decoder holds it, the parts of one checkpoint joined row by row.
+    """A weight matrix of a decoder: parts of a checkpoint, concatenated along the output features.
 
     Attributes:
         name: The attribute of the module that holds it.
-        parts: The matrices of the checkpoint, in the order in which they are joined.
+        parts: The matrices of the checkpoint, in the order of concatenation.
         k: Input features.
         summed: Row-parallel: each rank has some of the input features, and the results are summed
             over ranks. Otherwise column-parallel: each rank has some of the output features.
         bias: The parts have biases.
         paired: The parts are gate and up of SwiGLU.
-        norm: The attribute of the norm in front of it, if there is one.
+        norm: The attribute of the norm before it, if there is one.
     """
 
     name: str
@@ -137,7 +138,7 @@ class Norm:
         part: Its name in the checkpoint, within its layer.
         gguf: Its name in GGUF files, within its layer.
         n: Elements.
-        rotated: It is of heads that rope rotates.
+        rotated: It normalizes heads that rope rotates.
     """
 
     name: str
@@ -159,7 +160,7 @@ class AttentionConfig:
         rope: Rotary position embedding.
         scale: Factor of a query's product with a key.
         norm_eps: Epsilon of the norms.
-        window: Tokens back to which a token attends, itself included, or None for all.
+        window: The number of newest tokens to which a token attends, itself included; None for all.
         qkv_bias: The query, key and value projections have biases.
         o_bias: The output projection has a bias.
         qk_norm: Queries and keys are normalized per head before they are rotated.
@@ -183,7 +184,7 @@ class AttentionConfig:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Queries, keys and values in one; then the output projection."""
+        """Query, key and value projections as one matrix; then the output projection."""
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         unit, name = self.head_dim, "self_attn.{}_proj".format
         qkv = (
@@ -199,7 +200,7 @@ class AttentionConfig:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """The norm in front, and those of heads."""
+        """The norm before attention, and the norms of heads."""
         norms = [Norm(name="norm", part="input_layernorm", gguf="attn_norm", n=self.hidden_size)]
         if self.qk_norm:
             norms += [
@@ -235,7 +236,7 @@ class FeedForwardConfig:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Gate and up in one; then down."""
+        """Gate and up projections as one matrix; then the down projection."""
         gate, up = (
             Part(
                 name=f"mlp.{name}_proj",
@@ -266,7 +267,7 @@ class FeedForwardConfig:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """The norm in front."""
+        """The norm before the feed-forward."""
         return (
             Norm(name="norm", part="post_attention_layernorm", gguf="ffn_norm", n=self.hidden_size),
         )
@@ -296,7 +297,7 @@ class LayerConfig:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """Every norm of the layer: those in front of its modules, then those of heads."""
+        """Every norm of the layer: the norms before its modules, then the norms of heads."""
         norms = (*self.attention.norms, *self.feed_forward.norms)
         return tuple(sorted(norms, key=lambda norm: norm.rotated))
 
@@ -304,7 +305,7 @@ class LayerConfig:
         """Returns the numbers of heads and features that ranks divide among themselves.
 
         Args:
-            alignment: Input features of a part that must stay together.
+            alignment: The number of input features of a part that must stay together.
         """
 
         def together(axis: Axis) -> int:
@@ -321,7 +322,7 @@ class LayerConfig:
         )
 
     def local(self, shard: LayerShard) -> LayerConfig:
-        """Returns a rank's part of the layer: fewer heads and features."""
+        """Returns a rank's shard of the layer, with fewer heads and features."""
         return LayerConfig(
             attention=dataclasses.replace(
                 self.attention, n_heads=len(shard.heads), n_kv_heads=len(shard.kv_heads)
@@ -340,7 +341,7 @@ class ModelConfig:
         family: Registered name of the family that made this configuration.
         vocab_size: Rows of the embedding.
         hidden_size: Width of the residual stream.
-        max_position: Context length the model was made for.
+        max_position: Context length for which the model was made.
         norm_eps: Epsilon of the last norm.
         layers: The configuration of each layer, in order.
         tie_embeddings: The head is the embedding.
@@ -361,18 +362,18 @@ class ModelConfig:
 
     @property
     def kinds(self) -> dict[LayerConfig, int]:
-        """The distinct layer configurations, in the order in which they appear: how often each."""
+        """The distinct layer configurations, by first appearance, and how many layers have each."""
         return {kind: self.layers.count(kind) for kind in dict.fromkeys(self.layers)}
 
     @property
     def tables(self) -> tuple[tuple[int, RopeConfig], ...]:
-        """The distinct tables of rope, as (width of a head, settings), as layers need them."""
+        """The distinct rope tables that layers need, as (width of a head, settings)."""
         needed = ((layer.attention.head_dim, layer.attention.rope) for layer in self.kinds)
         return tuple(dict.fromkeys(needed))
 
     @property
     def default_positions(self) -> int:
-        """The longest context whose frequencies are those of every shorter one."""
+        """The longest context that has the same frequencies as every shorter context."""
         lengths = (r.original_max_position for _, r in self.tables if r.depends_on_length)
         return min([self.max_position, *lengths])
 
@@ -383,13 +384,13 @@ class ModelConfig:
 
         Args:
             n: Ranks.
-            alignment: Input features of a part of a layer that must stay together.
+            alignment: The number of input features of a part of a layer that must stay together.
         """
         layers = [layer.shape(partial(alignment, i)) for i, layer in enumerate(self.layers)]
         return plan_shards(n, layers=layers, vocab_size=self.vocab_size)
 
     def local(self, shard: Shard) -> ModelConfig:
-        """Returns the decoder of one rank: its part of each layer, all of the embedding's rows."""
+        """Returns the decoder of one rank: its shard of each layer, and the whole embedding."""
         parts = zip(self.layers, shard.layers, strict=True)
         return dataclasses.replace(self, layers=tuple(layer.local(part) for layer, part in parts))
 

@@ -1,9 +1,9 @@
 """The one decoder: Llama's architecture with the switches that its relatives need.
 
-Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward. The
-query, key and value projections are one matrix product, and so are gate and up. The kernel of a
-projection is chosen when its weight is assigned; the engine decides how a step runs (eagerly,
-compiled). This module only defines what is computed.
+It has pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward.
+The query, key and value projections are one matrix product, and so are gate and up. The kernel of a
+projection is chosen when its weight is assigned; the engine chooses the execution mode. This module
+only defines the computation.
 
 Shape letters: B sequences, T tokens of each, D model width, H query heads, J key/value heads,
 E head dimension, V vocabulary, S seats, C cache positions.
@@ -40,7 +40,7 @@ class Run(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight that arrives later."""
+    """Root-mean-square norm whose weight is assigned later."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention behind its norm, up to the output projection.
+    """Grouped-query attention, with the norm before it and the output projection.
 
     Args:
         config: Its configuration.
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
         first_seat: int | None,
         length: int,
     ) -> Tensor:
-        """Attends to a cache, once the tokens' own keys and values are written into it."""
+        """Writes the tokens' keys and values into the cache, and attends to it."""
         B, T, _ = x_BTD.shape
         qkv = self.qkv_proj(self.norm(x_BTD)).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=2)
@@ -113,7 +113,7 @@ _GATES: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """A gated feed-forward behind its norm."""
+    """A gated feed-forward, with the norm before it."""
 
     def __init__(self, config: FeedForwardConfig) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Block(nn.Module):
         }
 
     def share_norms(self, other: Block) -> None:
-        """Takes the norms of another block of the same configuration in place of its own."""
+        """Replaces the norms by those of another block of the same configuration."""
         for name in self.config.modules:
             mine, theirs = getattr(self, name), getattr(other, name)
             for child, module in theirs.named_children():
@@ -268,13 +268,13 @@ class Decoder(nn.Module):
         return getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
 
     def share_high_planes(self, twin: Decoder) -> None:
-        """Takes the high planes of the twin's nested matrices, once these are there."""
+        """Takes the high planes of the twin's nested matrices, after these have been assigned."""
         for block, theirs in zip(self.blocks, twin.blocks, strict=True):
             for name, linear in block.linears.items():
                 linear.share_high_plane(theirs.linears[name])
 
     def share_biases(self, twin: Decoder) -> None:
-        """Takes the biases of the twin, once they are there; its weights must be."""
+        """Takes the biases of the twin. Both decoders must have their weights."""
         for block, theirs in zip(self.blocks, twin.blocks, strict=True):
             for name, linear in block.linears.items():
                 linear.bias = theirs.linears[name].bias
@@ -291,16 +291,16 @@ class Decoder(nn.Module):
         n_layers: int | None = None,
         run: Run = call,
     ) -> Tensor:
-        """Returns the hidden states [B, T, D] of new tokens behind the last layer.
+        """Returns the hidden states [B, T, D] of new tokens after the last layer.
 
         Args:
             ids_BT: Token ids.
-            positions_BT: Their positions, int64; each sequence's are consecutive.
-            cache: Holds everything before them, and them afterwards.
+            positions_BT: Their positions, int64; consecutive in each sequence.
+            cache: Contains the earlier tokens; the new tokens are written into it.
             seats_B: int64, the seat of each sequence in the cache.
             first_seat: The first sequence's seat, if the seats of the other sequences follow it in
                 order: some kernels then need no copy. None if they do not, or if it is not known.
-            length: Exceeds every position; bounds how much of the cache is read.
+            length: A number above every position, which limits the part of the cache that is read.
             n_layers: Number of layers to run; None runs all.
             run: Calls the parts.
         """

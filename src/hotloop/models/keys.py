@@ -1,7 +1,7 @@
-"""The keys of ``config.json``: which are known, what they may hold, and the rest refused by name.
+"""The keys of ``config.json`` and their valid values; unknown keys are refused by name.
 
-Every key is one of four: read here or by the family, harmless, accepted only with its neutral
-value, or refused, since it may change what the model computes. Null means left out.
+Every key is of one of four kinds: read here or by the family; harmless; accepted only with its
+neutral value; or refused, since it may change the computation. Null means that the key is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hotloop.models.config import RopeConfig
 from hotloop.outside import StrictModel, config_error, validated
 
 _Factor = Annotated[float, Field(ge=1e-3, le=1e38)]
-"""Divisor of a rotary frequency; a very large one stands for no rotation at all."""
+"""Divisor of a rotary frequency; a very large one means no rotation at all."""
 
 _HARMLESS = frozenset(
     """
@@ -40,7 +40,7 @@ _HARMLESS = frozenset(
     unsloth_fixed unsloth_version use_bfloat16 use_cache use_flash_attention_2 use_flash_attn
     """.split()  # noqa: SIM905  (a list of one word a line is a page long)
 )
-"""Keys that say nothing of the arithmetic of decoding."""
+"""Keys that do not affect the arithmetic of decoding."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "alibi": (False,),
@@ -69,11 +69,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
     "use_parallel_residual": (False,),
 }
-"""Keys that other models use to change the arithmetic, and the values that leave it as it is."""
+"""Keys with which other models change the arithmetic, and the values that do not change it."""
 
 
 class RopeKeys(StrictModel):
-    """``rope_parameters``, or ``rope_theta`` beside ``rope_scaling``, in one."""
+    """The keys of ``rope_parameters``, or of ``rope_theta`` and ``rope_scaling``, together."""
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
     rope_theta: Annotated[float, Field(gt=1, le=1e18)] = RopeConfig.theta
@@ -124,13 +124,13 @@ _ROPE_SETTINGS: Mapping[str, tuple[set[str], set[str]]] = {
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
 }
-"""For each type of scaling the keys that it needs, and those that it may have."""
+"""For each type of scaling: its required keys, and its optional keys."""
 
 
 class ModelKeys(StrictModel):
     """The keys that every family reads. A family adds its own by deriving from this class.
 
-    ``rope`` holds the settings of rotary embedding, in whichever spelling.
+    ``rope`` holds the settings of rotary embedding, from either spelling.
     """
 
     vocab_size: Count
@@ -147,12 +147,12 @@ class ModelKeys(StrictModel):
 
     @property
     def n_kv_heads(self) -> int:
-        """Key/value heads; as many as query heads where the file does not say."""
+        """Key/value heads; by default as many as query heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def width_of_head(self) -> int:
-        """Width of one head; an even share of the hidden size where the file does not say."""
+        """Width of one head; by default an even share of the hidden size."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @model_validator(mode="after")
@@ -183,7 +183,7 @@ class ModelKeys(StrictModel):
 
 
 class WindowKeys(ModelKeys):
-    """Keys of families in which attention may reach back a window, in all layers or in some."""
+    """Keys of families with sliding-window attention in all layers or in some."""
 
     sliding_window: Count | None = 4096
     layer_types: (
@@ -192,7 +192,7 @@ class WindowKeys(ModelKeys):
     ) = None
 
     def windowed(self) -> tuple[bool, ...]:
-        """Tells for each layer whether a window bounds it; all, if ``layer_types`` is left out."""
+        """Tells for each layer whether it has a window; without ``layer_types`` all have."""
         if self.layer_types is None:
             return (self.sliding_window is not None,) * self.num_hidden_layers
         return tuple(kind == "sliding_attention" for kind in self.layer_types)
@@ -211,7 +211,7 @@ class WindowKeys(ModelKeys):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """For each layer the tokens back to which attention reaches, or None for all."""
+        """The window of each layer in tokens; None for all tokens."""
         return tuple(self.sliding_window if each else None for each in self.windowed())
 
 
@@ -233,9 +233,9 @@ def read_keys(
         keys: The model that they must fit.
         config: The keys.
         file: Their file, for errors.
-        neutral: Keys that the family knows with these values alone.
-        harmless: Keys that say nothing of this family's arithmetic.
-        nullable: Keys for which null means something else than leaving them out.
+        neutral: Keys that the family accepts with these values only.
+        harmless: Keys that do not affect this family's arithmetic.
+        nullable: Keys whose meaning with null differs from that of a missing key.
 
     Raises:
         UnsupportedError: A key that is not known, or a value that is not implemented.
@@ -267,12 +267,12 @@ def read_keys(
 
 
 def _is_same(value: object, other: object) -> bool:
-    """Tells whether values are equal and of one kind: True is not 1, and 1.0 is."""
+    """Tells whether values are equal, where True differs from 1, and 1.0 does not."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _rope_settings(known: dict[str, Any], file: Path | str) -> dict[str, Any]:
-    """Takes the rotary settings out of ``known``, in whichever spelling, as ``RopeKeys`` has them.
+    """Takes the rotary settings, in either spelling, out of ``known``, as ``RopeKeys`` has them.
 
     The newer spelling overrules the older one.
     """

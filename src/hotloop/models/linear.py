@@ -1,4 +1,4 @@
-"""A projection whose weight arrives later, in any scheme, packed for whichever kernel fits."""
+"""A projection whose weight is assigned later, in any scheme, packed for a suitable kernel."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hotloop.quant.rows import RowStream, paired_chunks, row_chunks_of
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Adjacent output features of a projection whose weights are alike.
+    """Adjacent output features of a projection whose weights have one format.
 
     Attributes:
         kernel: The kernel that serves them.
-        rows: Which output features.
-        packed: Their weight as the kernel reads it.
-        bias: Of these features, or None.
+        rows: The output features.
+        packed: Their weight in the kernel's layout.
+        bias: The bias of these features, or None.
     """
 
     kernel: LinearKernel
@@ -36,12 +36,12 @@ class Piece:
 
 
 class Linear(nn.Module):
-    """``x @ weight.T + bias`` for a weight of [n, k] that ``assign`` brings.
+    """``x @ weight.T + bias`` for a weight [n, k], which ``assign`` sets.
 
     Args:
         n: Output features.
         k: Input features.
-        paired: Gate and up features, one below the other.
+        paired: The rows are gate features followed by up features.
     """
 
     def __init__(self, n: int, k: int, *, paired: bool = False) -> None:
@@ -73,12 +73,12 @@ class Linear(nn.Module):
         """Packs a weight for the kernel that serves it best, on ``device``.
 
         Args:
-            weight: [n, k], floating point or quantized; or pieces of it, one below the other, that
-                are not alike (``join_alike``). Rows that are streamed are packed as they come.
+            weight: [n, k], floating point or quantized; or a list of row pieces of different
+                formats (``join_alike``). Streamed rows are packed as they arrive.
             bias: [n], or None.
             dtype: Element type of activations.
             device: The device of the packed weight.
-            fused: For the fused step.
+            fused: The weight is for the fused step.
             name: The weight's name, for errors.
 
         Raises:
@@ -97,7 +97,7 @@ class Linear(nn.Module):
         device: torch.device,
         fused: bool = False,
     ) -> Iterator[int]:
-        """Does what ``assign`` does but verify, and yields how many more rows are packed."""
+        """Does what ``assign`` does without verifying; yields the rows packed each time."""
         weights = (weight,) if isinstance(weight, Tensor | QTensor) else weight
         specs = [
             LinearSpec(
@@ -122,15 +122,15 @@ class Linear(nn.Module):
             self.bias = bias.to(device, dtype)
 
     def verify(self, name: str) -> None:
-        """Checks that the weight as it was packed is the weight that was assigned, once.
+        """Checks, once, that the packed weight equals the assigned weight.
 
-        Apart from ``packing``, since it waits for the device.
+        It is separate from ``packing``, since it waits for the device.
 
         Args:
             name: The weight's name, for errors.
 
         Raises:
-            PackingError: It is not.
+            PackingError: They differ.
         """
         for kernel, spec, equal in self._unverified:
             if not equal:
@@ -145,7 +145,7 @@ class Linear(nn.Module):
         self._use()
 
     def share_high_plane(self, of: Linear) -> None:
-        """Takes the high plane of a nested weight, whose memory it shares."""
+        """Takes the high plane of a nested weight, and shares its memory."""
         self._clear()
         for (kernel, spec, _), piece in zip(of._pieces, of.pieces, strict=True):
             high, packed = kernel.high_plane(piece.packed)
@@ -182,8 +182,8 @@ class Linear(nn.Module):
         spec: LinearSpec,
         device: torch.device,
     ) -> Generator[int, None, list[Tensor]]:
-        """Packs some rows at a time, so that little is held besides the packed weight."""
-        paired = spec.paired and spec.fused  # by turns eight gate and eight up features
+        """Packs some rows at a time, so that little memory is used beside the packed weight."""
+        paired = spec.paired and spec.fused  # alternately eight gate and eight up features
         check = PackingCheck(kernel, spec.n, paired=paired)
 
         def placed(rows: Tensor | QTensor) -> Tensor | QTensor:
@@ -206,12 +206,12 @@ class Linear(nn.Module):
 
     @property
     def packed(self) -> list[Tensor]:
-        """The weight as the kernel reads it."""
+        """The weight in the kernel's layout."""
         return [getattr(self, f"packed{i}") for i in range(self.n_packed)]
 
     @property
     def pieces(self) -> list[Piece]:
-        """The weight by pieces that are alike, most often one."""
+        """The weight by pieces of one format; most weights have one piece."""
         found, packed, row, at = [], self.packed, 0, 0
         for kernel, spec, n_packed in self._pieces:
             rows = slice(row, row + spec.n)
@@ -266,7 +266,7 @@ class Embedding(nn.Module):
 
     @property
     def packed(self) -> list[Tensor]:
-        """The weight as the kernel reads it."""
+        """The weight in the kernel's layout."""
         return [getattr(self, f"packed{i}") for i in range(self.n_packed)]
 
     def forward(self, ids: Tensor) -> Tensor:

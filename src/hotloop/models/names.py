@@ -40,13 +40,13 @@ def layer(index: int | str, part: str) -> str:
 
 
 def layer_index(name: str) -> int | None:
-    """Returns the layer that a tensor belongs to, by its name; None for those of no layer."""
+    """Returns the layer of a tensor, by its name; None for tensors outside of layers."""
     match = _LAYER.match(name)
     return int(match[1]) if match else None
 
 
 def head(config: ModelConfig) -> str:
-    """Returns the name of the weight that the head multiplies with."""
+    """Returns the name of the head's weight."""
     return EMBEDDING if config.tie_embeddings else HEAD
 
 
@@ -64,11 +64,11 @@ def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def is_redundant(config: ModelConfig, name: str) -> bool:
-    """Tells whether a checkpoint may hold a tensor that the model does not have.
+    """Tells whether a tensor that the model does not have may be ignored.
 
-    Those are a tied head, which repeats the embedding; tables of rotary embedding, which are
-    computed; scales of a quantized cache or of quantized activations, which another engine would
-    have; and layers beyond the last one, which transformers ignores too.
+    These may be: a tied head, which repeats the embedding; tables of rotary embedding, which are
+    computed; scales of a quantized cache or of quantized activations, for other engines; and layers
+    beyond the last one, which transformers ignores too.
     """
     if name == f"{HEAD}.weight":
         return config.tie_embeddings
@@ -115,14 +115,14 @@ def gguf_names() -> dict[str, Part | Norm]:
 def without_absent_biases(
     config: ModelConfig, found: Container[str]
 ) -> tuple[ModelConfig, str | None]:
-    """Leaves out the biases of output projections if a checkpoint has those of queries alone.
+    """Removes the biases of output projections if a checkpoint has only biases of queries.
 
     Args:
-        config: The configuration, by which attention has biases.
+        config: The configuration, which says that attention has biases.
         found: The names of the checkpoint's tensors.
 
     Returns:
-        The configuration, and the name of the projection if its biases were left out.
+        The configuration, and the name of the projection if its biases were removed.
     """
     attention = config.layers[0].attention
     (query, *_), (output,) = (matrix.parts for matrix in attention.matrices)

@@ -1,8 +1,8 @@
 """Tables of rotary position embedding, with every supported kind of rope scaling.
 
-Pairs of dimensions lie half a head apart, also where only the first elements of a head are rotated:
-:func:`head_order` says how a checkpoint's rows are reordered for that, so that those that are not
-rotated have the frequency 0, and no kernel knows of them.
+Pairs of dimensions are half a head apart, even if only the first elements of a head are rotated.
+For that, :func:`head_order` reorders a checkpoint's rows. Elements that are not rotated have the
+frequency 0, so kernels need not distinguish them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hotloop.models.config import RopeConfig
 
 
 def head_order(head_dim: int, rope: RopeConfig) -> Tensor | None:
-    """Returns the element of a checkpoint's head at each place in ours, int64 [head_dim].
+    """Returns for each element of our head its index in a checkpoint's head, int64 [head_dim].
 
     A checkpoint pairs element i of its first R with i + R/2; we pair i with i + head_dim/2.
     """
@@ -33,7 +33,7 @@ def inverse_frequencies(head_dim: int, rope: RopeConfig, n_positions: int = 0) -
     Args:
         head_dim: Width of a head.
         rope: The settings.
-        n_positions: The longest sequence, where frequencies depend on it.
+        n_positions: The longest sequence; frequencies may depend on it.
     """
     rotated = rope.rotary_dim(head_dim)
     exponent = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
@@ -58,7 +58,7 @@ def _scaled_frequencies(exponent: Tensor, rope: RopeConfig, n_positions: int) ->
             factors = rope.long_factors if is_long else rope.short_factors
             return 1.0 / (torch.tensor(factors) * powers)
         case "llama3":
-            # Long wavelengths are scaled, short ones are kept, those between are interpolated.
+            # Long wavelengths are scaled, short ones are kept, and those between are interpolated.
             frequencies = 1.0 / powers
             cycles = rope.original_max_position / (2 * math.pi / frequencies)
             keep = (cycles - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)

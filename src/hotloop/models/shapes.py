@@ -1,4 +1,4 @@
-"""Shapes of well-known models, so that speed and fit can be learned without a checkpoint.
+"""Shapes of well-known models, to measure speed and memory without a checkpoint.
 
 The figures are those of each model's published ``config.json``. A shape has no weights, no
 tokenizer and no quality.

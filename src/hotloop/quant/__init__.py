@@ -1,8 +1,8 @@
 """Quantized tensors and the schemes that make them.
 
-A scheme is named by its registered name and, after dashes, its own options: ``int8``, ``fp8``,
-``int8-g128``, ``int4-g64``, ``int4-g32-asym``, ``int4-g64-cal``. ``parse_scheme`` is the only
-reader of such names.
+The name of a scheme is its registered name followed by its options, separated by dashes: ``int8``,
+``fp8``, ``int8-g128``, ``int4-g64``, ``int4-g32-asym``, ``int4-g64-cal``. ``parse_scheme`` is the
+only reader of such names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCHEMES = {
 """Every quantization scheme: ``name -> "module:attribute"``."""
 
 WITH_OPTIONS = ("int4-gN", "int4-gN-asym", "int4-gN-zp", "int4-gN-cal", "int8-gN")
-"""The forms of names with options, for people."""
+"""The forms of names with options, for messages."""
 
 
 class Scheme(Protocol):
@@ -73,7 +73,7 @@ class Scheme(Protocol):
     ) -> Tensor | QTensor:
         """Makes random [n, k] weights of about this standard deviation, on the generator's device.
 
-        They are made in quantized form; ``dtype`` is that of weights that stay unquantized.
+        They are made in quantized form; ``dtype`` is the type of weights that are not quantized.
         """
         ...
 
@@ -83,7 +83,7 @@ class Scheme(Protocol):
 
 
 def parse_scheme(name: str) -> Scheme:
-    """Returns the scheme that a short name such as ``int4-g64-asym`` stands for.
+    """Returns the scheme of a short name such as ``int4-g64-asym``.
 
     Raises:
         UnknownNameError: No scheme has that name.
@@ -97,10 +97,10 @@ def parse_scheme(name: str) -> Scheme:
 
 
 def parse_head_scheme(name: str, scheme: Scheme) -> Scheme:
-    """Returns the scheme of the output head beside ``scheme`` in the blocks.
+    """Returns the scheme of the output head, given the scheme of the blocks.
 
-    ``auto`` is int8 beside any quantization that the blocks are given here: four bits cost the head
-    more than they save.
+    ``auto`` is int8 if the blocks are quantized by ``scheme``: with four bits the head would lose
+    more quality than it gains in speed.
     """
     if name == "auto":
         name = scheme.name if scheme.name in ("auto", "none") else "int8"

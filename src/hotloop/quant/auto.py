@@ -1,4 +1,4 @@
-"""Keeps what a checkpoint stores: its own integers and scales, or floating-point weights."""
+"""Keeps weights as a checkpoint stores them: as integers with scales, or in floating point."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Auto:
     """The scheme of a matrix that stays as it is stored.
 
     Attributes:
-        stored: Its number format in the checkpoint; dense where it is not quantized, and for random
+        stored: Its number format in the checkpoint; dense if it is not quantized, and for random
             weights.
         k: Its input features.
-        super_size: Input features that share a factor in slices of input features, where ranks
-            cut super-blocks apart (``finer``); None where slices keep them whole.
+        super_size: Input features that share a factor in a rank's slice, if ranks divide
+            super-blocks (``finer``); None if slices keep super-blocks whole.
     """
 
     stored: KernelFormat = DENSE
@@ -40,7 +40,7 @@ class Auto:
 
     @property
     def alignment(self) -> int:
-        """A group, or a super-block; 1 where a scale is of a whole row, as slices keep it."""
+        """The size of a group or super-block; 1 with one scale per row, which every slice keeps."""
         if self.stored.permuted:
             return self.k
         sizes = (self.stored.group_size, self.super_size or self.stored.super_size)
@@ -48,7 +48,7 @@ class Auto:
 
     @property
     def finer(self) -> Auto:
-        """The scheme whose super-blocks are half as large in slices; itself if they cannot be."""
+        """The scheme with super-blocks half as large in slices; itself if that is impossible."""
         group, size = self.stored.group_size, self.super_size or self.stored.super_size
         if group is None or size is None or size == self.k or size % (2 * group):
             return self
@@ -68,7 +68,7 @@ class Auto:
         return NoScheme().random(n, k, std=std, dtype=dtype, generator=generator)
 
     def format(self, k: int) -> KernelFormat:
-        """Returns the stored format, of ``k`` of the input features."""
+        """Returns the stored format for ``k`` of the input features."""
         group, super_block = (
             k if size == self.k else size
             for size in (self.stored.group_size, self.stored.super_size)

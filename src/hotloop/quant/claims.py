@@ -1,9 +1,9 @@
 """Reads a checkpoint's description of the quantization of its matrices.
 
 Quantizers describe their result in ``quantization_config`` of ``config.json``, or in a file beside
-it. The description is validated, and becomes a :class:`Claim` for each matrix. Tensors decide how a
-matrix is stored; a claim settles what they leave open, and one that they contradict is refused
-(``quant.encodings``).
+it. The description is validated, and becomes a :class:`Claim` for each matrix. The tensors of a
+matrix decide its encoding. A claim settles what tensors leave open; a claim that contradicts the
+tensors is an error (``quant.encodings``).
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from hotloop.outside import StrictModel, config_error, validated
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The claim of a configuration about one matrix; a field is None where it says nothing.
+    """The claim of a configuration about one matrix; a field is None if it says nothing about it.
 
     Attributes:
         quantized: Whether it is quantized.
-        encodings: The names of encodings that it may be in.
+        encodings: The names of possible encodings.
         bits: Bits of an element.
         group_size: Input features that share a scale; -1 for all of them.
         block: Output and input features that share a scale.
         symmetric: Whether zero points are half the range.
-        version: Of GPTQ's zero points.
-        version_is_said: Whether the configuration says the version; its default otherwise.
+        version: The version of GPTQ's zero points.
+        version_is_said: Whether the configuration has the version; otherwise ``version`` is the
+            default.
         label: The method and format, for errors.
     """
 
@@ -63,7 +64,7 @@ GroupSize = Annotated[int, Field(le=2**20), AfterValidator(_group_size)]
 _Pair = Annotated[list[_Size], Field(min_length=2, max_length=2)]
 Texts = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100_000)]
 _Anything = Any
-"""The type of keys that only say how the file was made, or how another engine would run it."""
+"""The type of keys that only describe how the file was made, or how another engine would run it."""
 
 
 def no_claims(_name: str) -> Claim:
@@ -75,12 +76,12 @@ def read_claims(where: str, config: Mapping[str, Any]) -> Claims:
     """Reads a quantizer's description.
 
     Args:
-        where: Where it comes from, for errors.
-        config: The keys of ``quantization_config``, or of the file that stands for it.
+        where: The file and key of the description, for errors.
+        config: The keys of ``quantization_config``, or of the file that replaces it.
 
     Raises:
-        UnsupportedError: A method that is not read.
-        ConfigError: A key that is not known, or a value that a key cannot have.
+        UnsupportedError: The method is not supported.
+        ConfigError: A key is unknown, or a value is invalid.
     """
     method = config.get("quant_method")
     if method is None:
@@ -115,7 +116,7 @@ class _Description(StrictModel):
     quant_method: str = ""
 
     def claim(self, name: str) -> Claim:
-        """Returns what it says of the matrix ``name``."""
+        """Returns the claim about the matrix ``name``."""
         raise NotImplementedError
 
 
@@ -206,7 +207,7 @@ class _MadeByGptqModel(_MadeByAutoRound):
     use_exllama: _Anything = None
 
     def _general(self, name: str) -> tuple[bool | None, _Override]:
-        """Returns whether a matrix is quantized, and the settings that it has of its own."""
+        """Returns whether a matrix is quantized, and its own settings."""
         quantized = self.lm_head if name == _HEAD else _unless_named(name, [])
         listed = [part for parts in self.modules_in_block_to_quantize for part in parts]
         if listed and _is_in_a_layer(name):
@@ -220,7 +221,7 @@ class _MadeByGptqModel(_MadeByAutoRound):
 class _Awq(_MadeByGptqModel):
     """AutoAWQ's description; ``w_bit`` and ``q_group_size`` are the keys of its first files.
 
-    ``sym`` says nothing here: writers that have it leave it true beside zero points.
+    ``sym`` has no meaning here: writers leave it true even with zero points.
     """
 
     bits: Bits | None = None
@@ -291,7 +292,7 @@ _PLAIN_NAME = re.compile(r"[\w.-]*")
 
 
 class _AutoRound(_MadeByAutoRound):
-    """AutoRound's description of matrices in the packing of another tool."""
+    """AutoRound's description of matrices that are packed like those of another tool."""
 
     bits: Bits
     group_size: GroupSize | None = None
@@ -325,7 +326,7 @@ class _AutoRound(_MadeByAutoRound):
         )
 
     def _own(self, name: str) -> _AutoRoundOverride:
-        """Returns the settings under the name of a matrix, or else under a pattern in it."""
+        """Returns the settings under a matrix's name, or else under a pattern that matches it."""
         if name in self.extra_config:
             return self.extra_config[name]
         patterns = (key for key in self.extra_config if not _PLAIN_NAME.fullmatch(key))
@@ -382,7 +383,7 @@ class _BitsAndBytes(_Description):
 
 
 class _Numbers(StrictModel):
-    """Describes the numbers of a group of compressed-tensors' matrices."""
+    """Describes the number format of a group of compressed-tensors' matrices."""
 
     num_bits: Bits
     type: Literal["int", "float"]
@@ -409,7 +410,7 @@ class _Group(StrictModel):
 
 
 class _Sparsity(StrictModel):
-    """compressed-tensors' description of zeros that are not stored; none are read."""
+    """compressed-tensors' description of sparse matrices, which are not supported."""
 
     format: Literal["dense"] = "dense"
     global_sparsity: _Anything = None
@@ -454,7 +455,7 @@ class _CompressedTensors(_Description):
         )
 
     def _group_of(self, name: str) -> _Group | None:
-        """Returns the group with the closest target: the name, a pattern of it, or its class."""
+        """Returns the group with the closest target: the name, a matching pattern, or the class."""
         for kind in (_is_name, _is_pattern, _is_class):
             for group in self.config_groups.values():
                 if any(kind(target, name) for target in group.targets):
@@ -488,7 +489,7 @@ def _as_block(sizes: list[int] | None) -> tuple[int, int] | None:
 
 
 def _unless_named(name: str, excluded: list[str]) -> bool | None:
-    """Tells whether a matrix is quantized, where all of layers are but those of some modules."""
+    """Tells whether a matrix is quantized, as those of layers are, except in some modules."""
     if _is_named(name, excluded):
         return False
     return True if _is_in_a_layer(name) else None
@@ -502,7 +503,7 @@ def _is_in_a_layer(name: str) -> bool:
 
 
 def _is_named(name: str, modules: list[str]) -> bool:
-    """Tells whether a matrix is one of some modules, or in one; each is named by whole parts."""
+    """Tells whether a matrix is one of some modules, or within one; names match by whole parts."""
     return any(f".{module.strip('.')}." in f".{name}." for module in modules)
 
 
@@ -519,7 +520,7 @@ def _matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
         anywhere: It may match a part of the name.
 
     Raises:
-        UnsupportedError: It is none, or one that could take very long.
+        UnsupportedError: It is not valid, or could take very long.
     """
     repeats = len(re.findall(r"[*+{]", pattern))
     try:

@@ -1,8 +1,8 @@
 """Writes matrices as compressed-tensors, so that vLLM and transformers load what hotloop quantized.
 
-Integers become pack-quantized, of 8 bits too: vLLM knows int-quantized only beside quantized
-activations. e4m3 becomes float-quantized. Values, scales and zero points are stored as they are;
-what the format has no place for is refused, and never rounded.
+Integers become pack-quantized, also those of 8 bits: vLLM supports int-quantized only with
+quantized activations. e4m3 becomes float-quantized. Values, scales and zero points are stored as
+they are; anything that the format cannot store is refused, never rounded.
 
 ``quant.encodings.compressed_tensors`` and ``quant.encodings.fp8`` read the result.
 """
@@ -28,11 +28,11 @@ def refuse_unsupported(scheme: Scheme, head: Scheme) -> None:
     """Refuses schemes that compressed-tensors, or an engine that reads it, cannot hold.
 
     Args:
-        scheme: Of the projections in blocks.
-        head: Of the head, and of an embedding tied to it.
+        scheme: The scheme of the projections in blocks.
+        head: The scheme of the head, and of an embedding tied to it.
 
     Raises:
-        ConfigError: Another number format, or a quantized head.
+        ConfigError: The number format is another, or the head is quantized.
     """
     if head.name != "none":
         raise ConfigError(
@@ -54,7 +54,7 @@ def refuse_unsupported(scheme: Scheme, head: Scheme) -> None:
 
 
 def encode(weight: QTensor) -> dict[str, Tensor]:
-    """Returns the tensors that store a matrix, by what follows its name."""
+    """Returns the tensors that store a matrix, by the suffix of its name."""
     scale = {SCALE: weight.scale}
     if weight.kind == "fp8":
         return {WEIGHT: weight.values} | scale
@@ -70,8 +70,8 @@ def describe(scheme: Scheme, *, ignore: Sequence[str]) -> dict[str, Any]:
     """Returns the keys of ``config.json`` that describe matrices under one scheme.
 
     Args:
-        scheme: Of all linear layers but the ignored ones.
-        ignore: Those that are not quantized.
+        scheme: The scheme of all linear layers except the ignored ones.
+        ignore: Linear layers that are not quantized.
     """
     form = scheme.format(1)
     per_channel = form.is_per_channel(1)

@@ -1,9 +1,9 @@
 """fp8, weight only: e4m3 with one scale per output channel, rounded to nearest.
 
-A sign, four bits of exponent, three of mantissa, no infinities (Micikevicius et al. 2022, "FP8
-Formats for Deep Learning"). As many bytes as int8. Errors are relative to each weight and not to
-the largest of its row: larger than int8's on weights of an even spread, smaller where a few stand
-out.
+e4m3 has a sign, four bits of exponent, three bits of mantissa and no infinities (Micikevicius et
+al. 2022, "FP8 Formats for Deep Learning"). It takes as many bytes as int8. Errors are relative to
+each weight, not to the largest weight of its row: they are larger than those of int8 for evenly
+spread weights, and smaller for rows with a few outliers.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Fp8:
         """Accepts every shape."""
 
     def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> QTensor:
-        """Rounds to the nearest e4m3 number, once ``max|row|`` is the largest of them."""
+        """Scales ``max|row|`` to the largest e4m3 number, and rounds to nearest."""
         weight = weight.float()
         largest = weight.abs().amax(dim=1, keepdim=True)
         if reduce_max is not None:
             largest = reduce_max(largest)
-        # Not divided: CUDA divides by constants a little differently.
+        # Multiplied by the inverse: CUDA divides by constants a little differently.
         scale = largest * (1 / LARGEST)
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
         values = (weight / scale).clamp_(-LARGEST, LARGEST).to(DTYPE)

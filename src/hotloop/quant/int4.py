@@ -1,21 +1,22 @@
 """int4, weight only: round to nearest in groups along the input features.
 
-Symmetric (``int4-g64``): the value of largest magnitude stands at -8, so the scale carries its
-sign and all 16 steps are used (as in GGUF's Q4_0).
-Asymmetric (``int4-g64-asym``): 16 steps from the group's minimum to its maximum, with a
-floating-point offset, so that any group that already lies on such a grid is kept.
-With zero points (``int4-g64-zp``): 16 steps from the group's minimum to its maximum, of which an
-integer stands for 0, as in AWQ and compressed-tensors; a range without 0 is extended to it.
+Symmetric (``int4-g64``): the value of largest magnitude becomes -8, so the scale has its sign
+(negated), and all 16 steps are used (as in GGUF's Q4_0). Asymmetric (``int4-g64-asym``): 16 steps
+from the group's minimum to its maximum, with a floating-point offset, so that any group that
+already lies on such a grid is kept. With zero points (``int4-g64-zp``): 16 steps from the group's
+minimum to its maximum, one of which is exactly 0, as in AWQ and compressed-tensors; a range without
+0 is extended to it.
 
 Calibrated (``int4-g64-cal``; also after ``-asym`` and ``-zp``): scales are searched for. A group's
-range is shrunk in steps, and the best grid is fitted to its integers by least squares. That one
-is taken whose squared errors, each weighted by the mean square of the activation that the weight is
-multiplied with (``weights.calibration``), add up to the least. Without these weights such a search
-makes a model worse: docs/decisions/calibrated-scales.md has the measurements.
+range is shrunk in steps, and the best grid is fitted to its integers by least squares. The grid
+with the smallest sum of squared errors is used, where each error is weighted by the mean square of
+the activation that the weight multiplies (``weights.calibration``). Without these weights, such a
+search makes a model worse: docs/decisions/calibrated-scales.md has the measurements.
 
-Scales and offsets are rounded to bfloat16 *before* the values are chosen, so the values make up
-for that rounding, and so that every kernel on every device computes with the same numbers. For
-the same reason constants are multiplied with: CUDA divides by them a little differently.
+Scales and offsets are rounded to bfloat16 *before* the values are chosen, so that the values
+compensate for that rounding, and every kernel on every device computes with the same numbers. For
+the same reason the code multiplies by inverse constants: CUDA divides by constants a little
+differently.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SCALE_DTYPE = torch.bfloat16
 _ZEROS: Mapping[str, Zero] = {"sym": "none", "asym": "offset", "zp": "integer"}
 
 SHRINKS = tuple(1.1 - 0.025 * i for i in range(21) if i != 4)
-"""The factors of a group's range that the search tries besides 1."""
+"""The factors of a group's range that the search tries, in addition to 1."""
 
 
 class GroupSizeError(ConfigError):
@@ -46,7 +47,8 @@ class GroupSizeError(ConfigError):
         name: The matrix.
         k: Its input features.
         group_size: The group size that does not divide them.
-        fits: The schemes that differ in the group size alone and do; if none, int8 is advised.
+        fits: The schemes with suitable group sizes that are otherwise equal; if empty, the message
+            suggests int8.
     """
 
     def __init__(self, name: str, k: int, group_size: int, fits: Sequence[str]) -> None:
@@ -55,7 +57,7 @@ class GroupSizeError(ConfigError):
         super().__init__(f"{self.problem} {self.fix()}")
 
     def fix(self, prefix: str = "") -> str:
-        """Names the schemes to use, each after the ``prefix`` that an option wants before it."""
+        """Returns the schemes to use, for a message, each with the option's ``prefix``."""
         return f"Use {' or '.join(prefix + name for name in self.fits)} instead."
 
 
@@ -70,7 +72,7 @@ class Int4:
     Attributes:
         group_size: Input features that share a scale.
         zero: Symmetric, or with zero points or offsets.
-        calibrated: Scales are searched for, with the activations of the model.
+        calibrated: Scales are searched, weighted by the activations of the model.
     """
 
     group_size: int = 128
@@ -113,7 +115,7 @@ class Int4:
 
     @property
     def alignment(self) -> int:
-        """A group: its scale does not depend on the rest of the row."""
+        """The group size: a scale does not depend on the rest of the row."""
         return self.group_size
 
     def quantize(
@@ -127,9 +129,9 @@ class Int4:
 
         Args:
             weight: See ``Scheme``.
-            reduce_max: Not used: a scale is of a group.
-            importance: [K], the weights of squared errors by which scales are searched for, not
-                negative; None takes the range of each group as it is.
+            reduce_max: Not used, since a scale covers one group.
+            importance: [K], the non-negative weights of squared errors in the search for scales;
+                None uses the range of each group without a search.
         """
         n, k = weight.shape
         self.check("weight", n, k)
@@ -152,7 +154,7 @@ class Int4:
             scale = ((high - low) * (1 / 15)).to(SCALE_DTYPE)
         offset = None
         if self.zero == "offset":
-            # -8 stands for the minimum, 7 for the maximum: 0 is half a step above their middle.
+            # -8 is the minimum, 7 the maximum: 0 is half a step above their middle.
             offset = ((low + high + scale.float()) * 0.5).to(SCALE_DTYPE)
         scale = torch.where(scale != 0, scale, 1.0)  # one value throughout: the offset, or zero
         if self.zero == "integer":
@@ -172,12 +174,12 @@ class Int4:
     def _search(
         self, groups: Tensor, weights: Tensor, bounds: tuple[Tensor, Tensor], grid: _Grid
     ) -> _Grid:
-        """Returns the best of several grids: of shrunk ranges, then of the least squares.
+        """Returns the best of several grids: grids of shrunk ranges, then a least-squares fit.
 
         Args:
             groups: [N, G, group_size].
-            weights: [1, G, group_size], of squared errors.
-            bounds: The least and the greatest of each group, [N, G].
+            weights: [1, G, group_size], weights of squared errors.
+            bounds: The minimum and the maximum of each group, [N, G].
             grid: The grid to start from.
         """
         low, high = bounds

@@ -2,11 +2,11 @@
 
 Per channel (``int8``) it is symmetric, -127…127, and the scale is float32, which costs nothing.
 
-In groups along the input features (``int8-g128``) it is *nested*: integers are -128…119, each
-16 times one of four bits, -8…7, plus another. The former alone are an int4 of the same groups with
-16 times the scale, which drafts for the model (``--draft self``). The scale is of either sign, so
-that the value of largest magnitude can stand at -128, and is rounded to bfloat16 before the values
-are chosen, as that of int4 is. docs/decisions/nested-weights.md has the measurements.
+In groups along the input features (``int8-g128``) it is *nested*: integers are -128…119, each 16 h
++ l with h and l in -8…7. The integers h alone are an int4 weight with the same groups and 16 times
+the scale, which drafts for the model (``--draft self``). The scale can have either sign, so that
+the value of largest magnitude can become -128. It is rounded to bfloat16 before the values are
+chosen, as for int4. docs/decisions/nested-weights.md has the measurements.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Int8:
 
     @property
     def alignment(self) -> int:
-        """A group, or 1: the scale of a channel is of the whole row."""
+        """The group size; 1 with a scale per output channel, which covers the whole row."""
         return self.group_size or 1
 
     def check(self, name: str, n: int, k: int) -> None:  # noqa: ARG002
@@ -75,7 +75,7 @@ class Int8:
         largest = weight.abs().amax(dim=1, keepdim=True)
         if reduce_max is not None:
             largest = reduce_max(largest)
-        # Not divided: CUDA divides by constants a little differently.
+        # Multiplied by the inverse: CUDA divides by constants a little differently.
         scale = largest * (1 / QMAX)
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
         values = (weight / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
@@ -87,7 +87,7 @@ class Int8:
         groups = weight.view(n, k // size, size)
         least, most = groups.amin(dim=2), groups.amax(dim=2)
         lowest, highest = NESTED_RANGE
-        # The smaller scale under which no value is beyond the range.
+        # The smaller scale with which no value is beyond the range.
         plus = torch.maximum(least * (1 / lowest), most * (1 / highest))
         minus = torch.maximum(most * (-1 / lowest), least * (-1 / highest))
         scale = torch.where(minus < plus, -minus, plus).to(SCALE_DTYPE)
@@ -97,9 +97,10 @@ class Int8:
         return QTensor(values=values.view(n, k), scale=scale, kind="nested")
 
     def nest(self, weight: QTensor) -> QTensor:
-        """Makes int8 of the same groups, with bfloat16 scales, nested.
+        """Converts int8 with the same groups and bfloat16 scales to nested.
 
-        Groups whose integers are in the range stay as they are; others are quantized again.
+        Groups whose integers are in the nested range stay as they are; other groups are quantized
+        again.
         """
         size = weight.group_size
         assert size == self.group_size, f"groups of {size}"

@@ -1,4 +1,4 @@
-"""No quantization: weights stay in the engine's own floating-point type."""
+"""No quantization: weights stay in the engine's floating-point type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hotloop.quant.qtensor import ReduceMax
 
 @dataclass(frozen=True)
 class NoScheme:
-    """The scheme that leaves weights alone."""
+    """The scheme that does not quantize."""
 
     name: str = "none"
     alignment: int = 1

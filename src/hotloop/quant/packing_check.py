@@ -2,8 +2,8 @@
 
 A fault in packing can leave a model that answers fluently, and wrongly. So the first and the last
 rows of each weight are dequantized in float32 before they are packed, and again from the packed
-bytes. All kernels hold their formats exactly: the results are equal. What becomes of the rows
-between them is for tests (``kernels.pack``).
+bytes. All kernels hold their formats exactly, so the results must be equal. Tests cover the rows
+between (``kernels.pack``).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hotloop.kernels.linear import LinearKernel
 from hotloop.quant.qtensor import QTensor
 
 _ROWS = 8
-"""Rows that are compared at each end, at least; of a paired weight, of each half."""
+"""The fewest rows that are compared at each end of a weight; for a paired weight, of each half."""
 
 
 class PackingCheck:
-    """Compares rows of one weight, which ``seen`` is told of while they are packed.
+    """Compares rows of one weight; ``seen`` gets the rows while they are packed.
 
     Args:
         kernel: The kernel that packs it.
@@ -38,7 +38,7 @@ class PackingCheck:
         self._samples: list[tuple[range, list[Tensor]]] = []
 
     def seen(self, chunk: Tensor | QTensor) -> Tensor | QTensor:
-        """Takes note of the rows that are packed next, and returns them."""
+        """Records the rows that are packed next, and returns them."""
         rows, last = chunk.shape[0] // self._halves, self._n // self._halves
         most = -(-_ROWS // self._unit) * self._unit
         if self._end == 0:
@@ -60,7 +60,7 @@ class PackingCheck:
         self._samples.append((range(self._end + rows.start, self._taken), taken))
 
     def compare(self, packed: Sequence[Tensor]) -> Tensor:
-        """Tells whether the rows in the packed weight are the same: bool [], on its device."""
+        """Tells whether the packed rows equal the recorded ones: bool [], on their device."""
         assert self._end * self._halves == self._n, "every row was seen"
         expected = torch.cat([taken[i] for i in range(self._halves) for _, taken in self._samples])
         axes = self._kernel.row_axes(packed)
@@ -71,9 +71,9 @@ class PackingCheck:
         return (self._kernel.dequantize(parts, len(expected)) == expected).all()
 
     def _rows_of(self, part: Tensor, axis: int) -> Tensor:
-        """Takes the rows that were noted from a packed tensor: whole units, or feature by feature.
+        """Takes the recorded rows from a packed tensor: by whole units, or by features.
 
-        Features are in their order, units are of both halves.
+        Features are in their original order; a unit has rows of both halves.
         """
         half = self._n // self._halves
         if part.shape[axis] == self._n:

@@ -1,4 +1,4 @@
-"""Rows of a weight that come a few at a time, so that the whole of it need not be held."""
+"""Streams of a weight's rows, a few at a time, so that the whole weight need not be in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Value = TypeVar("Value")
 
 
 class RowStream:
-    """A weight of one number format as consecutive pieces, which are cut and joined on demand.
+    """A weight of one number format as a stream of row pieces, which are cut and joined on demand.
 
     Args:
-        pieces: Its rows, in order.
+        pieces: The rows, in order.
         n: Output features in all.
         format: The number format of every piece.
     """
@@ -32,7 +32,7 @@ class RowStream:
 
     @classmethod
     def chain(cls, streams: Sequence[RowStream]) -> RowStream:
-        """Returns streams of one format as one, one behind the other."""
+        """Concatenates streams of one format."""
         n = sum(stream.n for stream in streams)
         return cls(chain.from_iterable(map(_pieces, streams)), n, streams[0].format)
 
@@ -43,7 +43,7 @@ class RowStream:
         return join_rows(self._next(n), n)
 
     def chunks(self, n: int) -> Iterator[Tensor | QTensor]:
-        """Returns the rows that are left, ``n`` at a time."""
+        """Returns the remaining rows, ``n`` at a time."""
         while self._left:
             yield self.take(min(n, self._left))
 
@@ -63,9 +63,9 @@ def _pieces(stream: RowStream) -> Iterator[Tensor | QTensor]:
 
 
 def split(pairs: Iterable[tuple[Value, Value]]) -> tuple[Iterator[Value], Iterator[Value]]:
-    """Returns the first and the second values of pairs, which are made once for both.
+    """Returns iterators of the first and of the second values of pairs; each pair is made once.
 
-    What one of them is behind the other is held. ``in_step`` keeps that to a few pieces.
+    Values that one iterator has not yet taken are kept. ``in_step`` limits them to a few.
     """
     source, waiting = iter(pairs), (deque[Value](), deque[Value]())
 
@@ -83,7 +83,7 @@ def _append(pair: tuple[Value, Value] | None, waiting: Sequence[deque[Value]]) -
 
 
 def in_step(*runs: Iterator[int]) -> None:
-    """Runs iterators to their ends; the one whose values add up to the least is next."""
+    """Runs iterators to their ends; always advances the one with the smallest sum of values."""
     totals = dict.fromkeys(runs, 0)
     while totals:
         run = min(totals, key=lambda each: totals[each])
@@ -101,7 +101,7 @@ def row_chunks_of(weight: Tensor | QTensor, n: int) -> Iterator[Tensor | QTensor
 
 
 def paired_chunks(weight: Tensor | QTensor, n: int) -> Iterator[Tensor | QTensor]:
-    """Returns a weight of two halves ``n`` rows at a time, as many of the one as of the other."""
+    """Returns a weight of two halves ``n`` rows at a time, with equally many of each half."""
     half = weight.shape[0] // 2
     for start in range(0, half, n // 2):
         stop = min(start + n // 2, half)

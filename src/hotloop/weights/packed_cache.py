@@ -1,11 +1,11 @@
-"""Keeps packed weights in the cache folder, so that the next start reads them as they are used.
+"""Caches packed weights in the cache folder, so that the next start need not pack them.
 
-An entry is one file, named by a hash of all that its bytes depend on (``entry_key``): the packed
-weights, then an index of them, then the index's length and hash. Each 16 MiB have a checksum, so
-that a damaged entry is noticed; it is then removed, and made anew.
+An entry is one file, named by a hash of everything that determines its bytes (``entry_key``). It
+has the packed weights, then their index, then the index's length and hash. Each 16 MiB have a
+checksum, so that a damaged entry is detected; it is then removed and made again.
 
-Entries are written beside their place and renamed, so that another process sees all of one or
-none. Together they take at most a limit: those used longest ago are removed first.
+Entries are written under another name and renamed, so that another process sees a whole entry or
+none. Their total size has a limit: the least recently used entries are removed first.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ _MOST_INDEX_BYTES = 10**8
 _ALIGNMENT = 4096
 _ABANDONED_S = 3600.0
 _SETTLED_S = 2.0
-"""A file that was changed this recently may be changed again without a new time of change."""
+"""A file that was changed less than this time ago may change again without a new modification time.
+"""
 
 _Whole = Annotated[int, Field(ge=0, le=2**62)]
 _DTYPES = {
@@ -65,7 +66,7 @@ _DTYPES = {
 
 
 class _Storage(StrictModel):
-    """Bytes that one tensor or several look at."""
+    """Memory of which one tensor or several are views."""
 
     offset: _Whole
     n_bytes: _Whole
@@ -73,7 +74,7 @@ class _Storage(StrictModel):
 
 
 class _View(StrictModel):
-    """A tensor: what it looks at, in elements."""
+    """A tensor: its view of a storage, in elements."""
 
     storage: _Whole
     dtype: str
@@ -106,8 +107,8 @@ def entry_key(checkpoint: Path, facts: Mapping[str, Any]) -> str:
     """Returns the name of an entry.
 
     Args:
-        checkpoint: The file or folder that the weights come from, which its content identifies.
-        facts: All else that decides the packed bytes: schemes, kernels, shard, types.
+        checkpoint: The file or folder of the weights; its content identifies it.
+        facts: Everything else that determines the packed bytes: schemes, kernels, shard, types.
     """
     said = {
         "checkpoint": _content_hash(checkpoint),
@@ -154,15 +155,16 @@ def load_packed(key: str, decoder: nn.Module, device: torch.device) -> int | Non
 
 
 def store_packed(key: str, decoder: nn.Module, before: Mapping[str, Tensor]) -> str | None:
-    """Keeps the weights of a decoder.
+    """Stores the weights of a decoder as an entry.
 
     Args:
         key: The name of the entry.
         decoder: The decoder, with its weights.
-        before: Its buffers without them: those that are the same are no weights.
+        before: Its buffers before the weights were assigned: buffers that are unchanged are not
+            weights.
 
     Returns:
-        Why they are not kept; None if they are.
+        The reason why they are not stored; None if they are.
     """
     if (_folder(cache_dir()) / f"{key}.packed").exists():
         return None  # of the same bytes, with another drafter or none
@@ -199,7 +201,7 @@ def limit_bytes() -> float:
     """Returns the bytes that all entries may take.
 
     Raises:
-        ConfigError: The environment variable is no number of GB.
+        ConfigError: The environment variable is not a number of GB.
     """
     said = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
     try:
@@ -215,7 +217,7 @@ def limit_bytes() -> float:
 
 
 class _DamagedError(Exception):
-    """The entry is not what was written."""
+    """The entry is damaged."""
 
 
 def _folder(cache: Path) -> Path:
@@ -231,7 +233,7 @@ def _locked(folder: Path) -> Generator[None]:
 
 
 def _make_room(folder: Path, limit: float) -> None:
-    """Removes entries until the others take ``limit`` bytes, those used longest ago first."""
+    """Removes the least recently used entries until the rest takes at most ``limit`` bytes."""
     for path in folder.glob(".*.partial"):  # a process that was killed has left it
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED_S:
@@ -299,7 +301,7 @@ def _write_storage(file: BinaryIO, storage: torch.UntypedStorage) -> _Storage:
 
 
 def _checksum(data: Tensor) -> int:
-    """Returns the sum of the 64-bit words of uint8 [bytes], and of the bytes that are left."""
+    """Returns the sum of the 64-bit words of uint8 [bytes], and of the remaining bytes."""
     whole = len(data) // 8 * 8
     return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
 
@@ -429,15 +431,15 @@ def _assign(
 
 
 class _Seen(StrictModel):
-    """The files of a checkpoint as they were when they were hashed, and the hash."""
+    """The states of a checkpoint's files when they were hashed, and the hash."""
 
     files: dict[str, list[int]]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def _content_hash(checkpoint: Path) -> str:
-    """Returns ``hash_checkpoint``; of files that are unchanged since then, the last result."""
-    checkpoint = checkpoint.absolute()  # not resolved: names of links tell the parts of a model
+    """Returns ``hash_checkpoint``; for unchanged files, the previous result."""
+    checkpoint = checkpoint.absolute()  # not resolved: links' names identify parts
     files = _states(checkpoint)
     folder = _folder(writable_cache_dir()) / "sources"
     name = hashlib.sha256(os.fsencode(checkpoint)).hexdigest()
@@ -462,7 +464,7 @@ def _read_seen(path: Path) -> _Seen | None:
 
 
 def _states(checkpoint: Path) -> dict[str, list[int]]:
-    """Returns what tells that a file has changed, for each file that is part of a checkpoint."""
+    """Returns for each file of a checkpoint its state, which changes with its content."""
     found = {str(path): path.stat() for path in checkpoint_files(checkpoint)}
     return {
         path: [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
@@ -472,7 +474,7 @@ def _states(checkpoint: Path) -> dict[str, list[int]]:
 
 @functools.cache
 def _code_hash() -> str:
-    """Hashes the source code that packed bytes may depend on."""
+    """Hashes the source code on which packed bytes may depend."""
     package = Path(__file__).parents[1]
     code = hashlib.sha256()
     for part in ("kernels", "models", "quant", "weights"):

@@ -1,8 +1,8 @@
-"""``hotloop quantize``: a checkpoint in, a quantized checkpoint out, one tensor at a time.
+"""``hotloop quantize``: makes a quantized copy of a checkpoint, one tensor at a time.
 
-The result is a folder that stands alone: safetensors, ``config.json`` with a versioned description,
-the tokenizer's files and what the model's makers suggest for sampling. Loading it gives bit for bit
-what quantizing on load gives.
+The result is a self-contained folder: safetensors, ``config.json`` with a versioned description,
+the tokenizer's files and the generation config. Loading it gives the same bits as quantizing on
+load.
 
 Matrices are stored in hotloop's own encoding (``quant.encodings.hotloop``), or as
 compressed-tensors, which other engines read (``quant.compressed_tensors``).
@@ -68,19 +68,18 @@ def quantize_checkpoint(
             A tied embedding is the same matrix.
         copy_format: The format of the copy.
         source_name: The name of the source that the copy records; None takes the path.
-        calibration: The text of which a calibrated scheme takes the activations; None for random
-            tokens.
+        calibration: The text whose activations a calibrated scheme uses; None for random tokens.
         progress: Called with (steps done, steps in all): a tensor, or a layer run to calibrate.
-        on_note: Called with what becomes of matrices that another tool has quantized.
+        on_note: Called with notes on matrices that another tool has quantized.
 
     Returns:
         ``dst``.
 
     Raises:
-        ConfigError: Schemes that do not fit, change nothing or that the format cannot hold, a
-            source that is already quantized, a destination that is in use, or a text that is too
-            short, unreadable or of no use to the scheme.
-        CheckpointError: A damaged or incomplete source; ``dst`` is then not made.
+        ConfigError: A scheme does not fit, changes nothing, or cannot be stored in the format; the
+            source is already quantized; the destination is in use; or the text is too short,
+            unreadable or of no use to the scheme.
+        CheckpointError: The source is damaged or incomplete; ``dst`` is then not made.
     """
     refuse_occupied(dst)
     scheme = parse_scheme(quant)

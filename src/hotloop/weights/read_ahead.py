@@ -1,4 +1,4 @@
-"""Reads ahead in a thread, by a bounded number of bytes, in the order in which it is asked for.
+"""Reads ahead in a thread, by a bounded number of bytes, in the order of requests.
 
 Reading from a file releases Python's lock, so it overlaps with decoding, quantizing and packing.
 """
@@ -16,12 +16,12 @@ Value = TypeVar("Value")
 class ReadAhead(Generic[Value]):
     """Runs jobs in a thread, and returns their results one by one, in order.
 
-    An exception of a job is raised where its result would be returned, and ends the thread.
+    An exception of a job is raised in place of its result, and ends the thread.
 
     Args:
-        jobs: The jobs; what makes them runs in the thread too.
+        jobs: The jobs; their iterator runs in the thread too.
         n_bytes: Counts the bytes of a result.
-        limit: Bytes of results that wait at most. A larger result waits alone.
+        limit: The most bytes of results that wait. A larger result waits alone.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ReadAhead(Generic[Value]):
         """Waits for the next result.
 
         Raises:
-            BaseException: What its job raised.
+            BaseException: The exception of its job.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._ended)

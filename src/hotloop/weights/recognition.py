@@ -34,19 +34,19 @@ class Recognized:
 
     @property
     def label(self) -> str:
-        """The encoding with its variant, for people."""
+        """The encoding with its variant, for messages."""
         return ", ".join(filter(None, (self.encoding, self.layout.detail)))
 
 
 def recognize_matrices(checkpoint: Checkpoint, model: ModelConfig) -> dict[str, Recognized]:
     """Returns the matrices of a model that are stored in an encoding, by name.
 
-    Those that ``hotloop quantize`` wrote are not among them: a description says what they are.
+    Matrices that ``hotloop quantize`` wrote are not among them: the description lists them.
 
     Raises:
         CheckpointError: Tensors contradict each other or the configuration.
         UnsupportedError: A matrix is stored in no known encoding.
-        ConfigError: A damaged configuration.
+        ConfigError: The configuration is damaged.
     """
     stored = StoredMatrices(checkpoint)
     matrices = names.linear_weights(model)
@@ -56,10 +56,10 @@ def recognize_matrices(checkpoint: Checkpoint, model: ModelConfig) -> dict[str, 
 
 
 class StoredMatrices:
-    """Tells how the matrices of a checkpoint are stored.
+    """Recognizes the encodings of a checkpoint's matrices.
 
     Raises:
-        UnsupportedError: The configuration names a method that is not read.
+        UnsupportedError: The configuration names a method that is not supported.
         ConfigError: A damaged configuration.
     """
 
@@ -73,12 +73,12 @@ class StoredMatrices:
     def recognize(
         self, name: str, shape: tuple[int, int], wanted: KernelFormat | None = None
     ) -> Recognized | None:
-        """Returns how a matrix is stored; None if it is not quantized, or not there.
+        """Returns the encoding of a matrix; None if it is not quantized, or missing.
 
         Args:
             name: Its name, without ``.weight``.
             shape: [N, K].
-            wanted: The number format that hotloop's own description gives it, if there is one.
+            wanted: Its number format by hotloop's own description, if there is one.
 
         Raises:
             CheckpointError: Its tensors contradict each other or the configuration.
@@ -131,7 +131,8 @@ class StoredMatrices:
     def _refuse(self, matrix: StoredMatrix) -> None:
         """Refuses a matrix that is stored in no known encoding, by the tensors that it has.
 
-        It returns where none of them tells a method: what is missing is named where it is read.
+        It returns if no tensor identifies a method: an error names the missing tensor when it is
+        read.
         """
         stored, claimed = matrix.tensors, matrix.claim.encodings
         begun = []
@@ -231,9 +232,9 @@ _METHODS: Mapping[str, str] = {
     ".qweight": "AWQ or GPTQ",
     ".weight_packed": "compressed-tensors",
 }
-"""Methods by a tensor that only they have."""
+"""Quantization methods, by a tensor that only they have."""
 
 
 def _told_by(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """Returns what follows the name of the matrix in a tensor that only some methods have."""
+    """Returns the suffix of a tensor of the matrix that only some methods have."""
     return next((suffix for suffix in _METHODS if suffix in tensors), None)

@@ -1,11 +1,11 @@
 """Safetensors folders: ``config.json`` and one file, or shards with an index.
 
-The header is read and checked here rather than by the safetensors package, which memory-maps (see
-``tensor_file``) and does not say which tensor of which file is at fault. The format is a length,
-a JSON object ``name -> {dtype, shape, data_offsets}``, and the tensors' bytes without a gap.
+The header is read and checked here. The safetensors package is not used, because it memory-maps
+files (see ``tensor_file``) and its errors do not name file and tensor. The format is a length, a
+JSON object ``name -> {dtype, shape, data_offsets}``, and the tensors' bytes without a gap.
 
-A folder is what somebody downloaded, so an index may name only ``*.safetensors`` files that are
-directly in it, and pickles are not opened, ever.
+A folder may come from an untrusted source, so an index may name only ``*.safetensors`` files that
+are directly in it, and pickles are never opened.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's words for element types."""
+"""The format's names of element types."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -96,7 +96,8 @@ class SafetensorsCheckpoint:
                 for entry in _read_header(file, expected=placed[file.path], tied=tied)
             ]
             self._opened = opened.pop_all()
-        # An index names each tensor once and every shard holds what it says: no name comes twice.
+        # An index names each tensor once, and every shard holds the tensors of the index: names are
+        # unique.
         self._entries = {entry.info.name: entry for entry in entries}
         self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in self._entries.items()}
 
@@ -110,8 +111,9 @@ class SafetensorsCheckpoint:
     ) -> Tensor:
         """Reads a tensor, or a slice of it, in its stored type, into memory of its own.
 
-        A slice of the first dimension reads its own bytes alone. Slices of later ones do so where
-        rows are long; else they read the rows they cut, a chunk at a time, and keep the cut.
+        A slice of the first dimension reads only its own bytes. A slice of a later dimension does
+        so too if rows are long; otherwise it reads whole rows, a chunk at a time, and keeps the
+        slice.
         """
         entry = self._entries[name]
         dtype = DTYPES[entry.info.dtype]
@@ -126,7 +128,7 @@ class SafetensorsCheckpoint:
             data = entry.file.read(start, n_bytes, pinned=pinned)
             whole = data.view(dtype).view(len(rows), *row_shape)
             return whole.view(()) if scalar else whole
-        # Of the rows' bytes, those from the first to the last element of the cut in dimension 1.
+        # The bytes of the rows from the first to the last element of the slice in dimension 1.
         column_bytes = row_bytes // row_shape[0]
         columns = range(inner[0].start * column_bytes, inner[0].stop * column_bytes)
         out = torch.empty(len(rows), *map(len, inner), dtype=dtype, pin_memory=pinned)
@@ -165,7 +167,7 @@ def _quantization_config(
 def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
     """Returns the files of ``folder`` with weights, each with its tensors by the index.
 
-    None stands for "whatever it holds", where there is no index.
+    Without an index, None stands for all tensors of a file.
     """
     if (folder / SINGLE_FILE).exists():
         return {folder / SINGLE_FILE: None}
@@ -173,7 +175,7 @@ def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
     if index.exists():
         return _read_index(index)
     found = sorted(folder.glob("*.safetensors"))
-    # The same weights in their makers' own layout.
+    # The same weights in the layout of their publisher.
     found = [path for path in found if not path.name.startswith("consolidated")] or found
     if len(found) == 1:
         return {found[0]: None}
@@ -187,7 +189,7 @@ def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _refuse_other_layouts(folder: Path) -> None:
-    """Names what a folder holds instead of Hugging Face's layout, if that is known."""
+    """Refuses a folder in another known layout than Hugging Face's, and names that layout."""
     ggufs = sorted(path.name for path in folder.glob("*.gguf") if path.is_file())
     if ggufs:
         listed = shorten(", ".join(ggufs))
@@ -247,8 +249,8 @@ def _read_header(file: TensorFile, *, expected: set[str] | None, tied: bool) -> 
 
     Args:
         file: The file.
-        expected: The tensors that an index puts there; None if there is no index.
-        tied: The head is the embedding, so that an index may list one that is not stored.
+        expected: The tensors of the file by the index; None if there is no index.
+        tied: The head is the embedding, so the index may list a head that is not stored.
     """
     header, data_start = _parse_header(file)
     header.pop("__metadata__", None)
@@ -293,7 +295,7 @@ def _read_header(file: TensorFile, *, expected: set[str] | None, tied: bool) -> 
 
 
 def _parse_header(file: TensorFile) -> tuple[dict[str, Any], int]:
-    """Returns the header object, and at which byte of the file the data begins."""
+    """Returns the header object, and the offset of the data in the file."""
     if file.n_bytes < 8:
         raise CheckpointError(file.path, f"has {file.n_bytes} bytes: it is truncated")
     n_bytes = int.from_bytes(file.read(0, 8).numpy().tobytes(), "little")

@@ -1,12 +1,12 @@
 """Reads or makes the weights of a model, one matrix at a time.
 
-Three sources, one interface: a checkpoint whose matrices are quantized as they are read, a few
-rows at a time, a checkpoint that ``hotloop quantize`` wrote, and random weights for which only the
-shape is needed. Of a matrix of which a rank holds a slice, only the slice is read and made; it is
-bit for bit what it would be in the whole.
+There are three sources with one interface: a checkpoint whose matrices are quantized as they are
+read, a few rows at a time; a checkpoint that ``hotloop quantize`` wrote; and random weights, which
+need only the shape. If a rank holds a slice of a matrix, only the slice is read or made; its bits
+are the same as in the whole matrix.
 
 A matrix that is stored in an encoding (``quant.encodings``) is used as it is stored if its scheme
-has the same number format; otherwise it is dequantized and quantized anew.
+has the same number format; otherwise it is dequantized and quantized again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOST_BYTES_AHEAD = 64 * 2**20
 """The most bytes that are read ahead."""
 
 INITIAL_STD = 0.02
-"""Standard deviation of random weights: what transformers are commonly initialized with."""
+"""Standard deviation of random weights: the usual one for initializing transformers."""
 
 
 BLOCK_ROWS = 1024
@@ -49,21 +49,21 @@ BLOCK_ROWS = 1024
 
 
 Importance = Mapping[str, Tensor]
-"""The weights of squared errors by the name of a matrix: the mean square of each of its input
-features, [K]. ``weights.calibration`` collects them for calibrated schemes."""
+"""The weights of squared errors, by name of the matrix: the mean square of each input feature, [K].
+``weights.calibration`` collects them for calibrated schemes."""
 
 _MOST_BIAS_BYTES = 2**24
 
 _VALUES_OF_PIECE = {"cpu": 2**20, "cuda": 2**24}
 """Values of a matrix that are made at once: on a CPU few enough for caches, on a GPU enough to fill
-it. Decoding and quantizing take several times the bytes of as many float32 numbers."""
+it. Decoding and quantizing take several times the memory of as many float32 numbers."""
 
 _NO_WEIGHTS = frozenset(DTYPES) - FLOATS
-"""Element types of safetensors that hold no weights by themselves."""
+"""Element types of safetensors that are not weights by themselves."""
 
 _QUANTIZED_MARGIN = 4.0
-"""Factor below the largest number of a type that quantized weights must keep: a group's
-range is twice its largest value, and rounded scales and offsets exceed what they stand for."""
+"""The margin by which quantized weights must stay below the largest number of a type: a group's
+range is twice its largest value, and rounded scales and offsets can exceed the exact ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,14 @@ class Request:
 
     Attributes:
         name: Its Hugging Face name, without ``.weight``.
-        shape: Of the whole matrix.
-        scheme: How it is quantized.
-        rows: Output features to take; None for all.
-        columns: Input features, along multiples of the scheme's alignment; None for all. All ranks
-            then ask for a slice of the same matrix, each for its own.
-        plain: It is read as floating point, however it is stored: a table that is not multiplied,
-            which descriptions of quantized checkpoints leave out.
+        shape: The shape of the whole matrix.
+        scheme: Its scheme.
+        rows: The output features to take; None for all.
+        columns: The input features to take, between multiples of the scheme's alignment; None for
+            all. If they are given, every rank requests its slice of the same matrix at the same
+            time.
+        plain: It is read as floating point, whatever its encoding: an embedding table, which is
+            only looked up, and which descriptions of quantized checkpoints leave out.
     """
 
     name: str
@@ -90,12 +91,12 @@ class Request:
 
     @property
     def n(self) -> int:
-        """Output features asked for."""
+        """The number of requested output features."""
         return self.shape[0] if self.rows is None else len(self.rows)
 
     @property
     def format(self) -> KernelFormat:
-        """The number format of what is returned."""
+        """The number format of the result."""
         return self.scheme.format(self.shape[1] if self.columns is None else len(self.columns))
 
 
@@ -115,7 +116,7 @@ class Source(Protocol):
         ...
 
     def finish(self) -> None:
-        """Refuses a checkpoint with tensors left over, once the model is whole."""
+        """Refuses a checkpoint with unused tensors, after the model is complete."""
         ...
 
 
@@ -134,12 +135,12 @@ def schemes_by_name(
 
     Args:
         model: The model.
-        scheme: Of the matrices of all layers.
-        head: Of the head; a tied embedding is the same matrix, and follows it.
+        scheme: The scheme of the matrices of all layers.
+        head: The scheme of the head, and of a tied embedding.
         stored: The matrices that are stored in an encoding, for the scheme ``auto``.
 
     Raises:
-        ConfigError: A matrix whose shape its scheme does not fit.
+        ConfigError: A scheme does not fit the shape of a matrix.
     """
     matrices = names.linear_weights(model)
     schemes = dict.fromkeys(matrices, scheme)
@@ -160,13 +161,13 @@ def is_calibrated(scheme: Scheme) -> bool:
 def quantize_rows(
     request: Request, rows: Tensor, *, reduce_max: ReduceMax | None, importance: Importance | None
 ) -> Tensor | QTensor:
-    """Quantizes rows of what a request asks for.
+    """Quantizes rows of a request.
 
     Args:
         request: The request.
-        rows: Floating-point rows, of the input features that it asks for.
+        rows: Floating-point rows, with the requested input features.
         reduce_max: See ``Scheme.quantize``.
-        importance: See ``Importance``; None for weights without activations, which are random.
+        importance: See ``Importance``; None for random weights, which have no activations.
     """
     scheme = request.scheme
     if importance is None or not isinstance(scheme, Int4) or not scheme.calibrated:
@@ -180,7 +181,7 @@ def quantize_rows(
 def requantization_notes(
     stored: Mapping[str, Recognized], schemes: Mapping[str, Scheme]
 ) -> tuple[str, ...]:
-    """Says which encodings are dequantized, and what becomes of their matrices: once by scheme."""
+    """Returns a note per scheme: which encodings are dequantized, and what they become."""
     changed: dict[str, Counter[str]] = {}
     for name, each in stored.items():
         scheme = schemes[name]
@@ -200,15 +201,15 @@ def _requantized(by_encoding: Counter[str], scheme: str) -> str:
 
 
 class CheckpointSource:
-    """Reads a checkpoint, quantizing what is not quantized yet.
+    """Reads a checkpoint, and quantizes matrices that are not quantized yet.
 
     Args:
         checkpoint: The open checkpoint.
         device: The device that quantizes: a GPU is faster than the host.
-        model: Of whose tensors the checkpoint may hold redundant ones; None allows none.
+        model: The model of whose tensors the checkpoint may have redundant ones; None allows none.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
         reduce_max: Takes the maximum of statistics over ranks that read different columns.
-        importance: See ``Importance``; None where no scheme is calibrated.
+        importance: See ``Importance``; None if no scheme is calibrated.
 
     Attributes:
         read_bytes: Bytes that were read so far.
@@ -233,7 +234,7 @@ class CheckpointSource:
         self._announced: deque[Request] = deque()
 
     def pieces(self, request: Request) -> Iterator[Tensor | QTensor]:
-        """See ``Source``. As many pieces come on every rank, whose statistics are combined."""
+        """See ``Source``. All ranks have equally many pieces, since statistics are combined."""
         request.scheme.check(request.name, *request.shape)
         for read in self._reads_of(request):
             self.read_bytes += read.stored_bytes
@@ -309,7 +310,7 @@ class CheckpointSource:
             )
 
     def _is_redundant(self, name: str) -> bool:
-        """Tells whether a tensor changes nothing: by its name, or as a bias of zeros."""
+        """Tells whether a tensor has no effect: by its name, or because it is a bias of zeros."""
         if self.model is not None and names.is_redundant(self.model, name):
             return True
         info = self.checkpoint.tensors[name]
@@ -338,7 +339,7 @@ class CheckpointSource:
         return info
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Copies what was read to the device that quantizes."""
+        """Copies tensors that were read to the device that quantizes."""
         return tensor.to(self.device, non_blocking=True)
 
     def read(self, name: str, index: tuple[slice, ...], *, encoded: bool = False) -> Tensor:
@@ -347,7 +348,7 @@ class CheckpointSource:
         return self.checkpoint.read(name, index, encoded=encoded, pinned=pinned)
 
     def _encoded(self, name: str, shape: tuple[int, int], scheme: Scheme) -> _EncodedMatrix | None:
-        """Returns the tensors of a matrix that is stored in an encoding; None for a plain one."""
+        """Returns the tensors of a matrix that is stored in an encoding; None if it is plain."""
         wanted = None if scheme.name == "auto" else scheme.format(shape[1])
         recognized = self._matrices.recognize(name, shape, wanted)
         if recognized is None:
@@ -383,7 +384,7 @@ class _EncodedMatrix:
 
     @property
     def units(self) -> tuple[int, int]:
-        """The output features and input features that can only be read together."""
+        """The numbers of output and input features that must be read together."""
         units = [part.units(self.shape) for part in self.layout.parts.values()]
         n, k = (math.lcm(*axis) for axis in zip(*units, strict=True))
         return n, k
@@ -416,7 +417,7 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Reads a matrix, on any thread, and makes pieces of it, on the caller's."""
+    """Reads a matrix in any thread, and makes pieces of it in the caller's thread."""
 
     source: CheckpointSource
     request: Request
@@ -430,7 +431,7 @@ class _Plan:
             yield lambda piece=piece, last=last: _Read(self, (piece,), self.read(piece), last)
 
     def read(self, piece: range) -> Mapping[str, Tensor]:
-        """Reads what some rows are made from, and checks that it is finite."""
+        """Reads the tensors from which some rows are made, and checks that they are finite."""
         raise NotImplementedError
 
     def stored_bytes(self, parts: Mapping[str, Tensor]) -> int:
@@ -438,11 +439,11 @@ class _Plan:
         return sum(part.nbytes for part in parts.values())
 
     def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:
-        """Makes rows of the matrix from what was read, which is on the device that quantizes."""
+        """Makes rows of the matrix from tensors on the device that quantizes."""
         raise NotImplementedError
 
     def quantize(self, rows: Tensor) -> Tensor | QTensor:
-        """Quantizes rows of the matrix, of the input features asked for."""
+        """Quantizes rows of the matrix, with the requested input features."""
         importance = self.source.importance
         return quantize_rows(self.request, rows, reduce_max=self.reduce_max, importance=importance)
 
@@ -477,20 +478,20 @@ class _PlainPlan(_Plan):
 
 @dataclass(frozen=True)
 class _EncodedPlan(_Plan):
-    """Reads and decodes a matrix in an encoding, with what can only be read together with it."""
+    """Reads and decodes a matrix in an encoding, extended to units that must be read together."""
 
     matrix: _EncodedMatrix
     rows: range
 
     @property
     def columns(self) -> range:
-        """The input features asked for."""
+        """The requested input features."""
         k = self.matrix.shape[1]
         return range(k) if self.request.columns is None else self.request.columns
 
     @property
     def wide(self) -> range:
-        """Those that are read."""
+        """The input features that are read."""
         return _whole_units(self.columns, self.matrix.units[1], self.matrix.shape[1])
 
     def tall(self, rows: range) -> range:
@@ -501,7 +502,7 @@ class _EncodedPlan(_Plan):
         if not self.matrix.is_gathered:
             yield from super().jobs()
             return
-        # Rows of the matrix are not rows of the file: it is read once, packed as it is.
+        # Rows of the matrix are not rows of the file, so it is read once, in its stored packing.
         yield lambda: _Read(self, self.pieces, self.read(self.rows), is_last=True)
 
     def read(self, piece: range) -> Mapping[str, Tensor]:
@@ -549,7 +550,7 @@ class _EncodedPlan(_Plan):
         return self.quantize(dense)
 
     def _check_bound(self, bound: float) -> None:
-        """Refuses scales that are finite, and whose products with values need not be."""
+        """Refuses finite scales whose products with values may not be finite."""
         dtype = self.source.dtype
         name, limits = str(dtype).removeprefix("torch."), torch.finfo(dtype)
         if bound <= limits.max:
@@ -563,7 +564,7 @@ class _EncodedPlan(_Plan):
         )
 
     def _check_range(self, weight: QTensor) -> None:
-        """Refuses integers that have no high nibble: nested ones use a part of eight bits."""
+        """Refuses integers beyond the range of nested weights, which use a part of eight bits."""
         if weight.kind != "nested" or (largest := int(weight.values.max())) <= NESTED_RANGE[1]:
             return
         raise CheckpointError(
@@ -582,8 +583,8 @@ class RandomSource:
     """Makes random weights on the device, directly in quantized form.
 
     Norms are ones and biases zeros, so that activations keep their size through the layers. A
-    matrix is made of blocks of rows, each from a generator of its own, so that a slice of it is the
-    same whichever rank makes it, and little else is made for it.
+    matrix is made in blocks of rows, each with its own generator, so that a slice is the same on
+    every rank, and little beyond the slice is made.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,12 +1,12 @@
 """Reads tensors from a file, a few bytes at a time.
 
-Every checkpoint format here is built on it. Nothing is memory-mapped: pages of a mapping that
-have been touched count as resident memory of the process until the system takes them back, so
-that a checkpoint read from end to end through one shows up in full at the peak. Here bytes are
-read into fresh memory that goes when the tensor goes, and the file stays where it belongs, in the
-system's page cache, ready for the next rank. What is held at a time is the tensor returned and
-one chunk of at most ``CHUNK_BYTES``. Measured: two shards of 1 GiB in tensors of 128 MiB, read
-from end to end, raise the peak of resident memory by 132 MiB; memory-mapped, by 1,028 MiB.
+Every checkpoint format uses it. Nothing is memory-mapped: touched pages of a mapping count as
+resident memory of the process until the system reclaims them, so a checkpoint that is read
+completely through a mapping counts in full at the peak. Here bytes are read into new memory that is
+released with the tensor; the file stays in the system's page cache, ready for the next rank. At any
+time only the returned tensor and one chunk of at most ``CHUNK_BYTES`` are in memory. Measured: two
+shards of 1 GiB in tensors of 128 MiB, read from end to end, raise the peak of resident memory by
+132 MiB; memory-mapped, by 1,028 MiB.
 
 What is large is read by several threads, each its own part into the same memory, so that no more is
 held: copying from the page cache is bound by a core, and a disk or a network serves several
@@ -30,7 +30,7 @@ from hotloop.errors import CheckpointError
 from hotloop.outside import open_file
 
 CHUNK_BYTES = 8 * 2**20
-"""Bytes read at once of a tensor that is sliced or dequantized."""
+"""Bytes that are read at once of a tensor that is sliced or dequantized."""
 
 N_THREADS = 8
 """Threads that read one tensor, at most: the caller's is one of them."""
@@ -40,9 +40,9 @@ PART_BYTES = 2 * 2**20
 another copies a tenth of it."""
 
 WORTH_SKIPPING_BYTES = 16 * 2**10
-"""Within rows, reading skips what it does not need if it is this much. From the page cache, it was
-measured to take twice the time in rows of 16 KiB and none in rows of 56 KiB; from a disk or over a
-network it saves the bytes."""
+"""Within rows, reading skips unneeded bytes if they are at least this many. From the page cache,
+skipping was measured to double the time for rows of 16 KiB, and to cost nothing for rows of 56 KiB;
+from a disk or over a network it saves the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class TensorInfo:
     Attributes:
         name: Its Hugging Face name, such as ``model.layers.0.self_attn.q_proj.weight``.
         shape: As PyTorch has it: ``(out_features, in_features)`` for a linear layer.
-        dtype: The stored type, in its format's own word: ``BF16``, ``I32``, ``Q4_K``.
+        dtype: The stored type, by the format's own name: ``BF16``, ``I32``, ``Q4_K``.
         file: The file that stores it.
-        n_bytes: Its bytes there.
+        n_bytes: Its bytes in the file.
     """
 
     name: str
@@ -73,14 +73,14 @@ def reading_threads() -> Executor:
 
 
 class TensorFile:
-    """A file open for reading at given places, by several threads if need be.
+    """A file for reading at given offsets, in several threads if needed.
 
     Args:
         path: The file.
         threads: See ``reading_threads``; None to read on the caller's alone.
 
     Raises:
-        CheckpointError: The file cannot be opened, or is no regular file.
+        CheckpointError: The file cannot be opened, or is not a regular file.
     """
 
     def __init__(self, path: Path, threads: Executor | None = None) -> None:
@@ -112,7 +112,7 @@ class TensorFile:
     def read_columns(self, offset: int, rows: range, row_bytes: int, columns: range) -> Tensor:
         """Reads bytes ``columns`` of each of ``rows``, from ``offset`` on: uint8 [rows, columns].
 
-        Nothing else is read, unless what lies between is too little to be worth skipping.
+        The bytes between are skipped, unless they are too few to be worth it.
         """
         start = offset + rows.start * row_bytes
         if row_bytes - len(columns) < WORTH_SKIPPING_BYTES:
@@ -160,7 +160,7 @@ class TensorFile:
 
 
 def index_ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[range]:
-    """Returns the slice of each dimension of ``shape`` that ``index`` selects; others are whole."""
+    """Returns the slice of each dimension of ``shape`` by ``index``; others are whole."""
     assert len(index) <= len(shape), f"{len(index)} slices into {len(shape)} dimensions"
     padded = (*index, *[slice(None)] * (len(shape) - len(index)))
     ranges = [range(*part.indices(size)) for part, size in zip(padded, shape, strict=True)]
@@ -173,7 +173,7 @@ def row_chunks(
 ) -> Iterator[range]:
     """Cuts ``rows`` into pieces of about ``most`` bytes, each of whole groups of rows.
 
-    By default that is ``CHUNK_BYTES``.
+    The default of ``most`` is ``CHUNK_BYTES``.
     """
     step = max((most or CHUNK_BYTES) // max(row_bytes, 1) // group, 1) * group
     return (rows[start : start + step] for start in range(0, len(rows), step))

@@ -1,8 +1,8 @@
-"""Writes a folder of safetensors as a stream: one tensor at a time, none of them kept.
+"""Writes a folder of safetensors as a stream, one tensor at a time.
 
-A file whose header has no room left is full, so the header's space can be small. Files are written
-into a hidden folder beside the destination, which gets its name when everything is on disk: what
-has the name is complete.
+A file is full when its header has no room left, so the space for the header can be small. Files are
+written into a hidden folder beside the destination. It gets the destination's name when everything
+is on disk, so a folder with that name is complete.
 """
 
 from __future__ import annotations
@@ -37,19 +37,18 @@ class SafetensorsWriter:
     ...     writer.add("model.norm.weight", weight)
     ...     (writer.staging / "config.json").write_text(config)
 
-    The folder appears when the block ends, with everything in it. If the block raises, nothing
-    is left.
+    The folder appears, complete, when the block ends. If the block raises, nothing is left.
 
     Args:
         folder: The folder to make. It may exist if it is empty.
-        max_shard_bytes: Tensor bytes after which the next file begins; a larger tensor gets one
-            of its own.
+        max_shard_bytes: Tensor bytes after which the next file begins; a larger tensor gets its own
+            file.
 
     Attributes:
         staging: The folder for files beside the weights, within the block.
 
     Raises:
-        ConfigError: The folder holds something already.
+        ConfigError: The folder is not empty.
     """
 
     def __init__(self, folder: Path, *, max_shard_bytes: int = 4 * 2**30) -> None:
@@ -64,7 +63,7 @@ class SafetensorsWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Appends a tensor, from any device. It is not needed any more afterwards."""
+        """Appends a tensor, from any device. The tensor is not kept."""
         assert all(name not in shard.names for shard in self._shards), f"{name} is added twice"
         # A tensor without dimensions has no bytes to be viewed as.
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -124,7 +123,7 @@ class SafetensorsWriter:
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Refuses to write where something is already.
+    """Refuses a destination that exists and is not an empty folder.
 
     Raises:
         ConfigError: It is neither missing nor an empty folder.

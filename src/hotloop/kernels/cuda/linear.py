@@ -48,7 +48,7 @@ DIRECT_STAGES = 3
 """The most copies in flight if x is not staged: the loads of x from L2 queue behind them."""
 
 SOURCE_BYTES = 64 * 1024
-"""The most bytes of x in the order of its features, beside the permuted x."""
+"""The most bytes of x in its own order, beside the permuted one."""
 
 _BUFFERS = 2  # kBuffers of linear.cu
 
@@ -64,8 +64,8 @@ class Tuning:
         ring_bytes: Shared memory of a block for copies of weights in flight.
         early_stages: Copies that a warp issues before it waits for x, or None for all but one.
         staged_bytes: The most bytes of x that a block keeps in shared memory.
-        part_bytes: The most bytes of x that are copied to shared memory in parts; counted for all
-            rows of the kernel's instance.
+        part_bytes: The most bytes of x, of as many rows as the kernel's instance takes, that arrive
+            there in parts.
     """
 
     warps: int = 8
@@ -407,9 +407,9 @@ class GemmPlan(ABC):
             prefetch: A part of a later matrix product's weight.
             partial: Workspace of ``n_partial`` float32 values.
             counters: ``n_counters`` int32 zeros, which are zeros again afterwards.
-            operand: x as stored by ``WidePlan.staging``, or by the kernel that computes x.
-            next_operand: With ``stores_operand``, written: by ``swiglu`` in place of ``y``, by
-                ``plain`` in place of the norm epilogue's prescaled input.
+            operand: x as ``WidePlan.staging``, or the kernel that computes x, stored it.
+            next_operand: With ``stores_operand``, written: of ``swiglu`` in the place of ``y``, of
+                ``plain`` in the place of the norm epilogue's prescaled input.
         """
         prescaled = x if isinstance(x, PrescaledInput) else None
         x_MK = x.x if isinstance(x, PrescaledInput) else x

@@ -64,8 +64,8 @@ FAST_STAGES = 2
 """``INT4_STAGES`` of ``gate_up``, if its weight is short and memory is fast."""
 
 FAST_PART_BYTES = 64 * 1024
-"""The most bytes of several rows of x that are copied in parts, in fast memory: eight rows of 4,096
-features gain by it, and eight rows of 5,120 lose."""
+"""x of several rows that arrives in parts, in fast memory: eight rows of 4,096 features gain by it,
+and of 5,120 lose."""
 
 RING_SHARE = 0.75
 """The largest share of a block's weights that its ring may hold. A kernel that issued all of its

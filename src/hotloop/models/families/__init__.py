@@ -1,6 +1,6 @@
-"""Model families: how each one's ``config.json`` configures the decoder.
+"""Model families, which translate a ``config.json`` into the configuration of the decoder.
 
-Adding one is a module here and a line in ``FAMILIES``; the parity test against Hugging Face
+A new family takes a module here and a line in ``FAMILIES``. The parity test against Hugging Face
 transformers is parametrized over the registry, and uses the family's own tiny configuration.
 """
 
@@ -34,12 +34,12 @@ class Family:
     Attributes:
         name: Short name, for records.
         keys: The model of the keys of ``config.json``.
-        read: Makes a ModelConfig of that.
+        read: Makes a ModelConfig from these keys.
         tiny: Keys of a ``config.json`` for a tiny model with every switch of the family in use;
             the parity test builds both implementations from it.
-        neutral: Keys that the family knows with these values alone.
+        neutral: Keys that the family accepts with these values only.
         harmless: Keys that the family ignores, as transformers does.
-        nullable: Keys for which null means something else than leaving them out.
+        nullable: Keys whose meaning with null differs from that of a missing key.
     """
 
     name: str
@@ -59,9 +59,9 @@ def read_config(config: Mapping[str, Any], file: Path | str = "config.json") -> 
         file: Their file, for errors.
 
     Raises:
-        UnknownNameError: An architecture that is not implemented; the nearest is named.
-        UnsupportedError: A key that may change the arithmetic and is not implemented.
-        ConfigError: A key that the family needs is missing or wrong.
+        UnknownNameError: The architecture is not implemented; the message names the nearest.
+        UnsupportedError: A key that may change the arithmetic is not implemented.
+        ConfigError: A key that the family needs is missing or invalid.
     """
     family = family_of(config, file)
     keys = read_keys(
@@ -76,7 +76,7 @@ def read_config(config: Mapping[str, Any], file: Path | str = "config.json") -> 
 
 
 def family_of(config: Mapping[str, Any], file: Path | str = "config.json") -> Family:
-    """Returns the family of a ``config.json``: by its architecture, or else its model type."""
+    """Returns the family of a ``config.json``, by its architecture, or else by its model type."""
     architectures = config.get("architectures")
     if architectures in (None, []) and (model_type := config.get("model_type")) is not None:
         by_type = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
@@ -93,7 +93,7 @@ def family_of(config: Mapping[str, Any], file: Path | str = "config.json") -> Fa
 
 
 def common_fields(keys: ModelKeys) -> dict[str, Any]:
-    """Returns the ModelConfig fields that every family spells alike."""
+    """Returns the ModelConfig fields whose keys are the same in every family."""
     rope = _read_rope(keys)
     max_position = keys.max_position_embeddings
     if rope.scaling in ("dynamic", "yarn"):
@@ -108,7 +108,7 @@ def common_fields(keys: ModelKeys) -> dict[str, Any]:
 
 
 def attention_fields(keys: ModelKeys) -> dict[str, Any]:
-    """Returns the AttentionConfig fields that every family spells alike."""
+    """Returns the AttentionConfig fields whose keys are the same in every family."""
     return {
         "hidden_size": keys.hidden_size,
         "n_heads": keys.num_attention_heads,
@@ -121,7 +121,7 @@ def attention_fields(keys: ModelKeys) -> dict[str, Any]:
 
 
 def feed_forward_fields(keys: ModelKeys) -> dict[str, Any]:
-    """Returns the FeedForwardConfig fields that every family spells alike."""
+    """Returns the FeedForwardConfig fields whose keys are the same in every family."""
     return {
         "hidden_size": keys.hidden_size,
         "intermediate_size": keys.intermediate_size,
@@ -130,7 +130,7 @@ def feed_forward_fields(keys: ModelKeys) -> dict[str, Any]:
 
 
 def windowed_layers(keys: WindowKeys, layer: LayerConfig) -> tuple[LayerConfig, ...]:
-    """Returns the layers of a model that differ in nothing but the window of attention."""
+    """Returns the layers of a model that differ only in the window of attention."""
     kinds = {
         window: replace(layer, attention=replace(layer.attention, window=window))
         for window in set(keys.windows)

@@ -1,4 +1,4 @@
-"""Mistral: Llama with, in v0.1, attention that reaches back a sliding window."""
+"""Mistral: Llama, in v0.1 with sliding-window attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hotloop.models.keys import WindowKeys
 
 
 def read(keys: WindowKeys) -> ModelConfig:
-    """Makes a ModelConfig. A window that is left out is 4096; later versions set it to null."""
+    """Makes a ModelConfig. A missing window is 4096; later versions set it to null."""
     layer = LayerConfig(
         attention=AttentionConfig(**attention_fields(keys)),
         feed_forward=FeedForwardConfig(**feed_forward_fields(keys)),

@@ -1,4 +1,4 @@
-"""Qwen3, the dense ones: queries and keys are normalized per head, and head_dim is explicit."""
+"""Qwen3, dense models: queries and keys are normalized per head, and head_dim is explicit."""
 
 from __future__ import annotations
 

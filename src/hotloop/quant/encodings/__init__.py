@@ -1,8 +1,8 @@
 """Encodings: how tools store quantized matrices.
 
 An encoding recognizes a matrix by the names, shapes and element types of its tensors, and decodes
-them into a ``QTensor`` without loss. What the checkpoint's configuration says of the matrix is a
-claim (``quant.claims``): it settles what tensors leave open, and a contradiction is an error.
+them into a ``QTensor`` without loss. The checkpoint's configuration makes a claim about the matrix
+(``quant.claims``): it settles what the tensors leave open, and a contradiction is an error.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class StoredMatrix:
     Attributes:
         name: Its name, to which the names of its tensors are added.
         shape: [N, K].
-        tensors: Its tensors by what follows its name, such as ``.weight.scale``.
-        read: Reads a tensor whole; for small ones, whose values are part of the format.
-        claim: What the checkpoint's configuration says of it.
-        wanted: The number format that hotloop's own description of the checkpoint gives it.
+        tensors: Its tensors by suffix, such as ``.weight.scale``.
+        read: Reads a whole tensor; for small tensors whose values are part of the format.
+        claim: The claim of the checkpoint's configuration about it.
+        wanted: Its number format by hotloop's own description of the checkpoint.
     """
 
     name: str
@@ -110,14 +110,15 @@ class StoredMatrix:
         return SCALE_DTYPES[name]
 
     def groups(self, suffix: str, n_groups: int) -> Groups:
-        """Returns the groups of input features, of which the last may have fewer.
+        """Returns the groups of input features. The last group may have fewer.
 
         Args:
             suffix: The tensor that has an element for each group.
             n_groups: Groups along the input features.
 
         Raises:
-            CheckpointError: The configuration gives another size, or none where groups are uneven.
+            CheckpointError: The configuration gives another size, or no size although groups are
+                uneven.
         """
         k, claimed = self.shape[1], self.claim.group_size
         size = k if claimed == -1 else claimed
@@ -134,14 +135,14 @@ class StoredMatrix:
         return Groups.of(k, size)
 
     def order(self, suffix: str, groups: Groups) -> str | None:
-        """Names the order in which input features were grouped (act-order); None for their own.
+        """Names the order in which input features were grouped (act-order); None if unchanged.
 
         Args:
-            suffix: The tensor that says the group of each input feature; it may be missing.
+            suffix: The tensor with the group of each input feature; it may be missing.
             groups: The groups.
 
         Raises:
-            CheckpointError: It is not of these groups.
+            CheckpointError: The tensor does not have these groups.
         """
         if suffix not in self.tensors:
             return None
@@ -166,7 +167,7 @@ class StoredMatrix:
         return order_name(sorted_features(group))
 
     def n_groups(self, suffix: str) -> int | None:
-        """Returns the groups that the claim calls for, or else those of a tensor [G, ...]."""
+        """Returns the number of groups by the claim, or else by a tensor [G, ...]."""
         size, entry = self.claim.group_size, self.tensors.get(suffix)
         if size is not None:
             return 1 if size == -1 else -(-self.shape[1] // size)
@@ -183,8 +184,8 @@ class Groups:
     """Groups of input features.
 
     Attributes:
-        size: Input features of a group, of which the last may have fewer.
-        n: Groups.
+        size: Input features of a group; the last group may have fewer.
+        n: The number of groups.
         even: The largest size that divides groups and input features evenly.
     """
 
@@ -200,11 +201,11 @@ class Groups:
 
     @property
     def features(self) -> int:
-        """Input features that an element of a row covers; see ``StoredPart``."""
+        """The input features that an element of a row covers; see ``StoredPart``."""
         return 0 if self.n == 1 else self.size
 
     def expand(self, per_group: Tensor, k: int) -> Tensor:
-        """Repeats what groups have, [N, G], for the even groups of ``k`` input features."""
+        """Repeats data of groups, [N, G], for the even groups of ``k`` input features."""
         return expand_blocks(
             per_group,
             rows=1,
@@ -216,15 +217,15 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPart:
-    """A tensor that a matrix [N, K] is stored as.
+    """A tensor that stores a matrix [N, K], or a part of it such as its scales.
 
     Attributes:
         shape: Its dimensions: output features, then input features.
         dtype: Its element type, as the checkpoint's format names it.
-        features: The output features and input features that an element covers, of which the last
-            element may have fewer; 0 along an axis that it does not depend on.
+        features: The numbers of output and input features that an element covers; the last element
+            may cover fewer. 0 along an axis on which the tensor does not depend.
         transposed: The dimensions are input features, then output features.
-        block: Elements along the input features that are stored in one piece, as whole bytes.
+        block: Elements along the input features that are stored together, as whole bytes.
         is_whole: It is read as a whole, and so is the matrix.
     """
 
@@ -236,14 +237,14 @@ class StoredPart:
     is_whole: bool = False
 
     def units(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Returns the output and the input features of [N, K] that can only be read together."""
+        """Returns the numbers of output and input features of [N, K] that must be read together."""
         if self.is_whole:
             return shape
         n, k = self.features
         return max(n, 1), max(k, 1) * self.block
 
     def index(self, rows: range, columns: range) -> tuple[slice, ...]:
-        """Returns the elements of some output and input features, which are whole units."""
+        """Returns the slice of elements for some output and input features, in whole units."""
         if self.is_whole:
             return ()
         axes = ((rows, self.features[0]), (columns, self.features[1]))
@@ -257,8 +258,8 @@ Decode = Callable[[Mapping[str, Tensor], tuple[int, int]], QTensor]
 """Decodes a matrix, or some of its rows and columns.
 
 Args:
-    parts: By name, the same slice of each; blocks are bytes.
-    shape: Of the slice.
+    parts: The same slice of each part, by name; blocks are bytes.
+    shape: The shape of the slice.
 """
 
 
@@ -267,14 +268,14 @@ class Layout:
     """The encoding of one matrix.
 
     Attributes:
-        parts: The tensors that must store it, by what follows its name.
-        decode: Makes a ``QTensor`` of them.
-        format: The number format of that.
+        parts: The tensors that must store it, by suffix.
+        decode: Makes a ``QTensor`` from them.
+        format: The number format of the ``QTensor``.
         k: Input features of the matrix.
         bits: Bits of a stored element.
-        surplus: Tensors that may be there and hold nothing more, by what follows its name.
-        detail: A variant of the encoding, for people.
-        assumption: A choice that neither tensors nor configuration settle, for people.
+        surplus: Redundant tensors that may exist, by suffix.
+        detail: A variant of the encoding, for messages.
+        assumption: A choice that neither tensors nor configuration settle, for messages.
     """
 
     parts: Mapping[str, StoredPart]
@@ -289,18 +290,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor that an encoding calls for.
+    """A tensor that an encoding needs.
 
     Attributes:
-        dtype: Its element type; None if it may have several.
-        shape: Its dimensions; None if it may have several, of which any may be None if unknown.
+        dtype: Its element type; None if several are possible.
+        shape: Its dimensions, each None if unknown; None if several shapes are possible.
     """
 
     dtype: str | None = None
     shape: tuple[int | None, ...] | None = None
 
     def fits(self, entry: StoredTensor) -> bool:
-        """Tells whether a stored tensor is this one."""
+        """Tells whether a stored tensor has this type and shape."""
         if self.dtype not in (None, entry.dtype):
             return False
         if self.shape is None:
@@ -320,10 +321,10 @@ class Encoding(Protocol):
     """One way of storing a quantized matrix."""
 
     def expected(self, matrix: StoredMatrix) -> Mapping[str, Expected]:
-        """Returns the tensors that a matrix has if it is in this encoding, as it is claimed to be.
+        """Returns the tensors that a matrix needs in this encoding, by its claim.
 
-        They are for the error of a matrix that is in none, by what follows its name, the one that
-        tells the encoding first; none where no error would follow from them.
+        They are for the error of a matrix that is in no encoding: by suffix, the tensor that
+        identifies the encoding first. Empty if the encoding has no such error.
         """
         ...
 
@@ -331,7 +332,7 @@ class Encoding(Protocol):
         """Returns how a matrix is stored; None if it is not in this encoding.
 
         Raises:
-            CheckpointError: It is in this encoding, and its tensors contradict each other or the
+            CheckpointError: It is in this encoding, but its tensors contradict each other or the
                 configuration.
         """
         ...

@@ -37,7 +37,7 @@ class Awq:
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
-        """Recognizes packing along the output features, with scales that are transposed too."""
+        """Recognizes packing along the output features, with transposed scales."""
         (n, k), stored = matrix.shape, matrix.tensors
         if not {QWEIGHT, QZEROS, SCALES} <= stored.keys() or n % 8:
             return None
@@ -85,13 +85,14 @@ def _are_half(matrix: StoredMatrix, shape: tuple[int, int]) -> bool:
     """Tells whether every zero point is half the range, as in a symmetric matrix."""
     entry = matrix.tensors[QZEROS]
     if (entry.shape, entry.dtype) != (shape, "I32"):
-        return False  # refused by name where it is read
+        return False  # an error names it when it is read
     return not bool(_rows(matrix.read(QZEROS)).any())
 
 
 def _rows(words: Tensor) -> Tensor:
     """Unpacks int32 [A, N / 8] to int8 [N, A] of -8…7."""
-    # Words are transposed while there are few elements, and their integers then written in place.
+    # The words are transposed first, since they have fewer elements; then their integers are
+    # written in place.
     bytes_ = as_bytes(words.T).unflatten(1, (-1, 4))
     rows = bytes_.new_empty(len(bytes_), 8, bytes_.shape[1])
     for i, place in enumerate(_ORDER):

@@ -1,7 +1,7 @@
 """Packs integers of 4 or 8 bits into 32-bit words, and unpacks them.
 
-Words that hold the 4-bit integers 0 to 7, in order: GPTQ and compressed-tensors pack the first
-into the lowest bits, ``0x76543210``; AWQ interleaves them, ``0x75316420``.
+For the 4-bit integers 0 to 7, in order, GPTQ and compressed-tensors make the word ``0x76543210``:
+the first integer is in the lowest bits. AWQ interleaves them: ``0x75316420``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """bitsandbytes' 4-bit formats, nf4 and fp4: indices of a table, in blocks of the flattened matrix.
 
-``x.weight`` is uint8 [N * K / 2, 1], the first of two in the high nibble; ``x.weight.quant_map``
-the table; ``x.weight.absmax`` a scale for each block. Where those are quantized once more they are
-uint8, and with ``nested_absmax`` and ``nested_quant_map`` become
-``nested_quant_map[absmax] * nested_absmax + nested_offset``. The sizes of blocks are in JSON, as
-the bytes of ``x.weight.quant_state.bitsandbytes__nf4``.
+``x.weight`` is uint8 [N * K / 2, 1], with the first of two weights in the high nibble.
+``x.weight.quant_map`` is the table, and ``x.weight.absmax`` has a scale for each block. Scales that
+are quantized themselves are uint8; they become ``nested_quant_map[absmax] * nested_absmax +
+nested_offset``. The bytes of ``x.weight.quant_state.bitsandbytes__nf4`` are JSON with the block
+sizes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class FourBits:
                 factor = parts[NESTED_ABSMAX].repeat_interleave(nested)[:blocks]
                 scale = parts[NESTED_TABLE][scale.long()] * factor + state.nested_offset
             indices = torch.stack((packed >> 4, packed & 15), dim=-1).view(torch.int8)
-            # A block may run over the end of a row; groups are parts of blocks that do not.
+            # A block may extend beyond the end of a row; groups are parts of blocks that do not.
             by_group = scale.repeat_interleave(state.blocksize // group)[: n * k // group]
             return QTensor(
                 values=indices.view(n, k),

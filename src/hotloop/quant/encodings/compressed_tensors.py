@@ -1,13 +1,15 @@
 """The integer and 4-bit float formats of compressed-tensors, as LLM Compressor writes them.
 
-- pack-quantized: ``x.weight_packed`` int32 [N, ⌈K * bits / 32⌉], 4 or 8 bits, each plus half the
-  range, lowest bits first; asymmetric ones with ``x.weight_zero_point``, packed likewise along N.
+- pack-quantized: ``x.weight_packed`` int32 [N, ⌈K * bits / 32⌉] holds integers of 4 or 8 bits, plus
+  half the range, lowest bits first; if asymmetric, ``x.weight_zero_point`` is packed in the same
+  way along N.
 - int-quantized: ``x.weight`` int8 [N, K].
-- nvfp4-pack-quantized: ``x.weight_packed`` uint8 [N, K / 2], the first in the low nibble, with an
-  e4m3 scale for 16 input features and a divisor of all scales, ``x.weight_global_scale``.
+- nvfp4-pack-quantized: ``x.weight_packed`` uint8 [N, K / 2], with the first of two weights in the
+  low nibble, an e4m3 scale for 16 input features and a divisor of all scales,
+  ``x.weight_global_scale``.
 - mxfp4-pack-quantized: the same for 32 input features, with powers of two as scales.
 
-``x.weight_scale`` is [N, G], [N, 1] or a single one; ``weight = (q - zero point) * scale``.
+``x.weight_scale`` is [N, G], [N, 1] or a single scale; ``weight = (q - zero point) * scale``.
 """
 
 from __future__ import annotations
@@ -144,11 +146,11 @@ class IntQuantized:
 
 
 class Nvfp4:
-    """4-bit floating point with two levels of scales."""
+    """4-bit floating point with two-level scales."""
 
     @staticmethod
     def expected(matrix: StoredMatrix) -> Mapping[str, Expected]:
-        """Expects bytes, with scales of two levels."""
+        """Expects bytes, with two-level scales."""
         return _expected_fp4(matrix, "F8_E4M3") | {GLOBAL_SCALE: Expected("F32")}
 
     @staticmethod
@@ -161,7 +163,7 @@ class Nvfp4:
         _check_divisor(matrix)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
-            # A divisor: what multiplies instead is rounded to float32 once.
+            # The inverse of the divisor is rounded to float32, once.
             factor = parts[GLOBAL_SCALE].float().reciprocal().reshape(1, 1)
             return QTensor(
                 values=_nibbles(parts[PACKED]),
@@ -289,7 +291,7 @@ class _Scales:
 
     Args:
         matrix: The matrix.
-        zero_bits: Bits of a packed zero point; None where they are int8 as they are.
+        zero_bits: Bits of a packed zero point; None if zero points are int8.
     """
 
     def __init__(self, matrix: StoredMatrix, *, zero_bits: int | None) -> None:
@@ -309,7 +311,7 @@ class _Scales:
         self.zero: Zero = "none" if is_symmetric else "integer"
 
     def _bits_of_zero_points(self, matrix: StoredMatrix, packed_bits: int | None) -> int | None:
-        """Returns the bits of packed zero points; None where they are int8 as they are."""
+        """Returns the bits of packed zero points; None if they are int8."""
         if ZERO not in matrix.tensors:
             if matrix.claim.symmetric is False:
                 raise matrix.error(
@@ -340,7 +342,7 @@ class _Scales:
         """Returns the tensors that must be there.
 
         Args:
-            along: Groups are of consecutive input features.
+            along: Groups have consecutive input features.
         """
         each = self.groups.features if along else 0
         features = (0, 0) if self._is_single else (1, each)
@@ -359,7 +361,7 @@ class _Scales:
         return self._expand(parts[SCALE], shape)
 
     def zero_points(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
-        """Returns the zero points of a slice, int8 [N, G]; None where they are all 0."""
+        """Returns the zero points of a slice, int8 [N, G]; None if they are all 0."""
         if self.zero == "none":
             return None
         zeros = parts[ZERO]

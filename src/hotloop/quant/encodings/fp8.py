@@ -1,8 +1,8 @@
-"""e4m3 weights with scales: of Hugging Face, DeepSeek and Qwen, and of compressed-tensors.
+"""e4m3 weights with scales, as of Hugging Face, DeepSeek, Qwen and compressed-tensors.
 
-``x.weight`` is float8_e4m3fn [N, K]. Its scale multiplies, also where it is called
-``x.weight_scale_inv``: a single one, one for each output feature, or one for each block of 128 by
-128, of which those at the edges have fewer; float32, float16, bfloat16, or a power of two.
+``x.weight`` is float8_e4m3fn [N, K]. Weights are multiplied by the scale, even if its name is
+``x.weight_scale_inv``. There is a single scale, one per output feature, or one per block of 128 by
+128 (smaller at the edges), in float32, float16 or bfloat16, or as a power of two.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _POWERS = ("F8_E8M0", "U8")
 
 @dataclass(frozen=True)
 class Fp8:
-    """The encoding of e4m3 weights, with one of the names of its scale.
+    """The encoding of e4m3 weights, for one name of the scale.
 
     Attributes:
-        scale: What follows the name of the matrix in that of its scale.
+        scale: The suffix of the scale's name.
     """
 
     scale: str

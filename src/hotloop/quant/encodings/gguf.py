@@ -1,12 +1,12 @@
 """The block types of GGUF.
 
-A block is 32 weights with a scale, or a super-block of 256 weights whose groups of 16 or 32 have
-integer scales and, together, a factor of them. Scales and factors are half precision. The types
-that end in 1, and Q2_K, Q4_K and Q5_K, have minima too, which are offsets here. The IQ4 types and
-MXFP4 hold indices of a table.
+A block is 32 weights with a scale, or a super-block of 256 weights. The groups of a super-block, of
+16 or 32 weights, have integer scales, and the super-block has a factor of all its scales. Scales
+and factors are half precision. The types whose names end in 1, and Q2_K, Q4_K and Q5_K, also have
+minima, which are offsets here. The IQ4 types and MXFP4 hold indices of a table.
 
-Where integers of less than eight bits share bytes, a run of bytes holds the first integers in its
-lowest bits, the next as many in the bits above, and so on; bits beyond the fourth are apart.
+Integers of less than eight bits share bytes: a run of bytes holds the first integers in its lowest
+bits, the next as many in the bits above, and so on. Bits beyond the fourth are stored separately.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Blocks:
         size: Weights of a block.
         n_bytes: Bytes of a block.
         format: The number format.
-        unpack: Makes the parts of a ``QTensor`` of uint8 [N, B, ``n_bytes``]: each [N, B, ...],
-            but for a table.
+        unpack: Makes the parts of a ``QTensor`` from uint8 [N, B, ``n_bytes``]: each is [N, B,
+            ...], except a table.
     """
 
     type: str
@@ -181,7 +181,7 @@ def _iq4_nl(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def _iq4_xs(blocks: Tensor) -> dict[str, Tensor]:
-    # Of scales the bits lie byte by byte.
+    # The bits of scales are in order, byte by byte.
     high = _runs(blocks[:, :, 2:4], 2, 2)
     low = _runs(blocks[:, :, 4:8], 4, 4)
     return {

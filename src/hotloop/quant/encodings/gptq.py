@@ -4,10 +4,11 @@
 [G, N] and ``x.g_idx`` int32 [K], the group of each input feature;
 ``weight = (q - zero) * scale``.
 
-Version 2 stores zero points as they are. Version 1 stores each less 1, made by one subtraction from
-a whole word, so that a zero point of 0 borrows from its neighbour; adding the same number to the
-word is the exact inverse. Labels do not tell the versions apart, because writers confuse them. Zero
-points of a symmetric matrix do: they are all half the range, or one less.
+Version 2 stores zero points as they are. Version 1 stores each zero point minus 1. Its writers
+subtract from whole words, so that a zero point of 0 borrows from its neighbour; to add the same
+number to the word is the exact inverse. Labels do not distinguish the versions reliably, because
+writers confuse them. The zero points of a symmetric matrix do: they are all half the range, or all
+one less.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hotloop.quant.qtensor import QTensor
 G_IDX = ".g_idx"
 
 _ONES = {4: 0x11111111, 8: 0x01010101}
-"""For each number of bits a word of ones."""
+"""For each number of bits, a word whose integers are all 1."""
 
 
 _ASSUMPTION = (
@@ -147,7 +148,7 @@ def _version(matrix: StoredMatrix, bits: int) -> tuple[int, bool]:
 
 
 def _zero_points(words: Tensor, bits: int, version: int) -> Tensor:
-    """Unpacks zero points to int8 [G, N], less half the range."""
+    """Unpacks zero points to int8 [G, N], minus half the range."""
     if version == 1:
         words = (words.long() + _ONES[bits]).to(torch.int32)  # the carry leaves the word
     return centred(unpack(words, bits), bits)

@@ -1,8 +1,8 @@
 """The encoding in which ``hotloop quantize`` stores a matrix.
 
 ``x.weight`` is stored as ``x.weight.values`` (int8 or float8_e4m3fn [N, K]; int4: uint8 [N, K/2],
-even columns in the low nibble, each plus 8), ``x.weight.scale`` (bfloat16 of groups, float32 of
-rows) and, where the scheme has them, ``x.weight.offset`` [N, G]: offsets like the scales, or int8
+even columns in the low nibble, each plus 8), ``x.weight.scale`` (bfloat16 for groups, float32 for
+rows) and, if the scheme has them, ``x.weight.offset`` [N, G]: offsets of the scales' type, or int8
 zero points.
 """
 
@@ -25,7 +25,7 @@ class Hotloop:
 
     @staticmethod
     def expected(_matrix: StoredMatrix) -> Mapping[str, Expected]:
-        """Expects nothing: what is missing is named where it is read."""
+        """Expects nothing: an error names a missing tensor when it is read."""
         return {}
 
     @staticmethod
@@ -52,7 +52,7 @@ class Hotloop:
 
     @staticmethod
     def decode(parts: Mapping[str, Tensor], _shape: tuple[int, int]) -> QTensor:
-        """Unpacks nibbles; all else is stored as it is."""
+        """Unpacks nibbles; everything else is stored as it is."""
         values = parts[VALUES]
         kind: QuantizedKind = "fp8" if values.dtype == torch.float8_e4m3fn else "int8"
         if values.dtype == torch.int8 and parts[SCALE].dtype == torch.bfloat16:
