@@ -1,1 +1,1 @@
-"""Workload, clock and memory: one engine in, one measurement out."""
+"""Measures the speed and memory of an engine on a workload."""

@@ -1,17 +1,17 @@
 """Times a workload on an engine.
 
-The definitions, which docs/measuring.md has for users:
+The definitions (docs/measuring.md has them for users):
 
-- TTFT: submit to the first token on the host. TPOT: (end-to-end - TTFT) / (n - 1). Decode tok/s:
-  1 / TPOT. End-to-end tok/s: n / end-to-end. Each is a value of one request; in a batch a repeat's
-  value is the mean over its requests. ``aggregate_tok_s`` alone is of the whole batch.
+- TTFT: submit to the first token on the host. TPOT: (end-to-end - TTFT) / (n - 1). Decode tok/s: 1
+  / TPOT. End-to-end tok/s: n / end-to-end. Each is a value of one request; in a batch a repeat's
+  value is the mean over its requests. Only ``aggregate_tok_s`` is for the whole batch.
 - A repeat is the independent sample: a figure's mean, interval and ``n`` are over repeats.
 - MBU: bytes that one decode step must read, over the time of a step, over the bandwidth. With
   speculation a step is not a token, and MBU is undefined.
 
 The engine counts tokens and reads the clock itself (:class:`~hotloop.types.Timing`), so that work
-between submitting and the first forward counts too. Loading and compiling are not in here: engines
-report them apart.
+between submitting and the first forward counts too. Loading and compiling are not included: engines
+report them separately.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Speed:
         aggregate_tok_s: Tokens of the whole batch per second until its last token, prefill
             included; at batch 1 the same as ``e2e_tok_s``.
         mbu: Memory bandwidth utilization against the measured read bandwidth, if that was given.
-        mbu_datasheet: The same against the vendor's figure, if that was given.
-        speculation: Drafting statistics, where the engine drafts.
-        peak_bytes: Peak memory while the workload ran, loading excluded, of the largest rank. See
-            ``MemoryMeter``. None where another engine's memory cannot be measured.
-        instability: Why the repeats disagree, where they do.
+        mbu_datasheet: Memory bandwidth utilization against the vendor's figure, if that was given.
+        speculation: Drafting statistics, if the engine drafts.
+        peak_bytes: Peak memory of the largest rank while the workload ran, loading excluded. See
+            ``MemoryMeter``. None if another engine's memory cannot be measured.
+        instability: Why the repeats disagree; None if they agree.
     """
 
     decode_tok_s: Figure
@@ -82,19 +82,19 @@ def measure_speed(
 ) -> Speed:
     """Times ``engine`` on ``workload``: one untimed warm-up, then the repeats.
 
-    Prompts are random tokens, new ones in every repeat, so that nothing can have been cached.
-    Decoding is greedy and does not stop at end-of-sequence.
+    Prompts are random tokens, new in every repeat, so that nothing can be cached. Decoding is
+    greedy and does not stop at end-of-sequence.
 
     Args:
         engine: The engine to measure.
         workload: The workload to run.
-        read_bytes_per_s: Measured read bandwidth that one rank has, for ``mbu``.
-        datasheet_bytes_per_s: The vendor's bandwidth of it, for ``mbu_datasheet``.
-        on_repeat: Called after each repeat with how many are done, of how many, and its decode
-            tok/s.
+        read_bytes_per_s: Measured read bandwidth of one rank, for ``mbu``.
+        datasheet_bytes_per_s: The vendor's figure for one rank, for ``mbu_datasheet``.
+        on_repeat: Called after each repeat with the number of finished repeats, the number of all
+            repeats, and the decode tok/s of this one.
 
     Raises:
-        ConfigError: The workload cannot be timed, or not on this engine.
+        ConfigError: The workload cannot be timed on this engine.
         HotloopError: The engine produced another number of tokens than asked for.
     """
     description = engine.describe()
@@ -158,10 +158,10 @@ def measure_speed(
 def bytes_read_per_step(description: EngineDescription, workload: Workload) -> float | None:
     """Counts the bytes that a mean timed decode step reads on one rank: weights and caches, once.
 
-    None where the engine does not say how many there are.
+    The result is None if the engine does not report them.
 
-    The timed steps are those of tokens 2 to n. The step that makes token i + 1 attends to the
-    prompt and i answer tokens, so on average to prompt + n / 2.
+    The timed steps make tokens 2 to n. The step that makes token i + 1 attends to the prompt and i
+    answer tokens, so the average is prompt + n / 2.
     """
     if description.weight_bytes_per_step is None or description.kv_bytes_per_token is None:
         return None

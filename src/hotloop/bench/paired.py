@@ -1,17 +1,17 @@
 """Paired comparison of right and wrong answers: did accuracy drop by more than a margin?
 
-Both models answer the same items, so only the items on which they differ say anything: ``worse``,
-right by the reference and wrong by the model under test, and ``better``, the other way round. The
-accuracy lost is ``(worse - better) / n``.
+Both models answer the same items, so only the items on which they differ carry information:
+``worse`` counts items that the reference has right and the model under test has wrong, and
+``better`` the reverse. The accuracy lost is ``(worse - better) / n``.
 
 Two questions are asked. McNemar's exact test asks whether the two differ at all; a large p-value
-there is no proof that they are alike. The non-inferiority test asks whether a loss of the margin
-can be ruled out, and so knows a third answer beside yes and no: too few items. Its limits are
-Tango's (1998) score limits, which hold where few items differ or none.
+does not prove that they are equal. The non-inferiority test asks whether a loss of the margin can
+be ruled out; besides yes and no it can answer that there are too few items. Its limits are Tango's
+(1998) score limits, which are valid even if few items differ or none.
 
-Several tasks are strata: each has its own rate of differing items, and all have one loss. The
-statistic sums the differences of the strata and their variances under the null hypothesis; with
-one task it is Tango's.
+With several tasks, each is a stratum with its own rate of differing items, and all have the same
+loss. The statistic sums the differences of the strata and their variances under the null
+hypothesis; with one task it is Tango's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 """Confidence of each one-sided limit."""
 
 POWER = 0.80
-"""The chance to pass that the needed items are for, if the loss is as seen."""
+"""The probability of a pass with the needed items, if the true loss is as seen."""
 
 _NORMAL = statistics.NormalDist()
 _Z = _NORMAL.inv_cdf(CONFIDENCE)
@@ -77,8 +77,8 @@ class PairedTask:
     Attributes:
         name: The task's name.
         chance: The accuracy of guessing; None if it is not known.
-        reference: Which answers of the reference are right.
-        tested: Those of the model under test, in the same order.
+        reference: For each item, whether the reference's answer is right.
+        tested: The same for the model under test, in the same order.
     """
 
     name: str
@@ -93,7 +93,7 @@ class PairedTask:
 
     @property
     def at_chance(self) -> bool:
-        """The reference is not shown to be better than guessing: there is no accuracy to lose."""
+        """Whether the reference is not shown to be better than guessing, so none can be lost."""
         return wilson_interval(self.accuracy, len(self.reference))[0] <= (self.chance or 0.0)
 
     @property
@@ -105,7 +105,7 @@ class PairedTask:
 def mcnemar_p(worse: int, better: int) -> float:
     """Computes the two-sided p-value of McNemar's exact test: a fair coin for each differing item.
 
-    Over strata it is a test of their sums, since every differing item is a fair coin if no task
+    With several strata it tests their sums, since every differing item is a fair coin if no task
     has changed.
     """
     n = worse + better
@@ -162,7 +162,7 @@ def compare_answers(strata: Sequence[Flips], margin: float) -> NonInferiority:
 
     Returns:
         ``pass`` if the upper limit is below the margin, ``fail`` if the lower limit is above it,
-        else ``underpowered`` with the items it would take.
+        else ``underpowered`` with the number of items that it would take.
     """
     assert margin > 0, f"a margin of {margin} can never be ruled out"
     total = strata[0]
@@ -187,12 +187,12 @@ def compare_answers(strata: Sequence[Flips], margin: float) -> NonInferiority:
 def needed_items(flips: Flips, margin: float) -> int | None:
     """Estimates the items that a pass would take with 80 % power.
 
-    The rate of differing items is taken as seen. The loss is taken as seen or as none, whichever
-    needs more; a loss that is seen beyond the margin is taken as none.
+    The rate of differing items is assumed to be as seen. The loss is assumed to be as seen or zero,
+    whichever needs more items; a loss seen beyond the margin is replaced by zero.
 
     Returns:
-        The number of items; None if there are as many already, and the loss that is seen is beyond
-        the margin, so that more items can hardly help.
+        The number of items; None if there are as many already and the loss seen is beyond the
+        margin, so that more items can hardly help.
     """
     seen = (flips.worse - flips.better) / flips.n
     rate = (flips.worse + flips.better) / flips.n
@@ -218,12 +218,12 @@ def items_for_power(rate: float, margin: float, *, loss: float = 0.0) -> int:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values of tests among whose hits one chooses (Holm 1979).
+    """Adjusts p-values of several tests, if one of the significant ones is chosen (Holm 1979).
 
-    An adjusted value below 0.05 keeps the chance of any false one among them below 5 %.
+    With a threshold of 0.05 on adjusted values, the chance of any false positive is below 5 %.
 
     Args:
-        p_values: In any order, which the result has too.
+        p_values: The p-values, in any order; the result has the same order.
     """
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -233,7 +233,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _restricted_better(flips: Flips, loss: float) -> float:
-    """Returns the likeliest rate of better items if the rate of worse ones is ``loss`` above it."""
+    """Returns the most likely rate of better items, if that of worse items is ``loss`` higher."""
     a = 2 * flips.n
     b = -flips.worse - flips.better + (2 * flips.n - flips.worse + flips.better) * loss
     c = -flips.better * loss * (1 - loss)

@@ -1,9 +1,9 @@
-"""The record: what one attempt at one cell gave, as one JSON object a line.
+"""The record: the result of one attempt at one cell, as one line of JSON.
 
-A record is complete in itself: what was run, on what, with which inputs, every raw sample, and
-how it ended. Tables, plots and recommendations are computed from records alone.
+A record is self-contained: it has the configuration, the machine, the inputs, every raw sample, and
+the outcome. Tables, plots and recommendations are computed from records alone.
 
-Fields only ever get added; a change of meaning raises ``SCHEMA_VERSION``.
+Fields are only added, never renamed or removed; a change of meaning raises ``SCHEMA_VERSION``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ SCHEMA_VERSION = 1
 Status = Literal[
     "ok", "oom", "predicted-oom", "unsupported", "failed", "timeout", "unstable", "interrupted"
 ]
-"""The status of a cell. ``unstable`` has its figures, with the spread and the likely cause in
-``reason``; the others after ``ok`` have none. ``interrupted`` was stopped by its user."""
+"""The status of a cell. A cell that is ``unstable`` has figures, with the spread and the likely
+cause in ``reason``; the other statuses after ``ok`` have no figures. The user stopped an
+``interrupted`` cell."""
 
 MEASURED: tuple[Status, ...] = ("ok", "unstable")
 """The statuses of records that carry figures."""
@@ -32,12 +33,12 @@ Name = Annotated[str, Field(max_length=4096)]
 """A name, such as that of a cell, a model or a device."""
 
 Reason = Annotated[str, Field(max_length=65_536)]
-"""A reason, at times with the last lines of a log."""
+"""A reason, sometimes with the last lines of a log."""
 
 MAX_NUMBER = 1e30
 
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
-"""A measured number, of a size that occurs and that a table has room for."""
+"""A measured number, within limits that tables have room for."""
 
 Share = Annotated[float, Field(ge=-1, le=1)]
 """A share of a whole, or the difference of two."""
@@ -51,14 +52,14 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 
 
 class Figure(StrictModel):
-    """A measured figure: its mean, how sure we are of it, and the samples it was computed from.
+    """A measured figure: its mean, its uncertainty, and its samples.
 
     Attributes:
         mean: The estimate.
         ci95: Low and high end of the 95 % confidence interval of the mean.
         se: Standard error of the mean.
         n: Independent samples: runs for speed, text windows for quality.
-        samples: The samples themselves, in the order they were taken.
+        samples: The samples, in the order of measurement.
     """
 
     mean: Number
@@ -102,13 +103,13 @@ class SpeculationFigures(StrictModel):
         draft: The source of drafts: the configuration's ``draft_name``.
         proposed: Drafts made at each draft position.
         accepted: Drafts accepted at each draft position.
-        acceptance: The share accepted at each draft position; None where none were made.
+        acceptance: The acceptance rate at each draft position; None for positions without drafts.
         tokens_per_step: Tokens that a step gave a request.
-        draft_share: Share of the device's time in steps that went into making drafts; None where
+        draft_share: The share of the device's time in steps that it spent on making drafts; None if
             no step was timed.
         verify_share: Share of that time that the model took, with drafts or without.
         off_share: Plain-step share: the share of steps without drafts.
-        costs: Times of a step by its number of drafts, as far as they were timed; 0 drafts first.
+        costs: Times of a step for each number of drafts that was timed; 0 drafts first.
         assumed_acceptance: See ``EngineConfig.assume_acceptance``; None where drafts were really
             verified.
     """
@@ -130,18 +131,18 @@ class NonInferiority(StrictModel):
 
     Attributes:
         outcome: ``pass``: a loss of ``margin`` or more is ruled out; ``fail``: the loss exceeds
-            ``margin``; ``underpowered``: neither can be said with so few items.
+            ``margin``; ``underpowered``: there are too few items to tell.
         n: Items that both answered.
         worse: Items right by the reference and wrong here.
         better: Items wrong by the reference and right here.
-        loss: Accuracy lost, ``(worse - better) / n``; below 0 where it rose.
+        loss: Accuracy lost, ``(worse - better) / n``; negative if accuracy rose.
         limits: Lower and upper one-sided 95 % limit of the loss.
         margin: The loss that would matter: 1 % of the reference's accuracy.
-        p: The p-value of the hypothesis that the loss is ``margin`` or more. Where one
-            configuration is chosen of several, ``bench.paired.holm`` adjusts it.
+        p: The p-value of the hypothesis that the loss is ``margin`` or more. If one configuration
+            is chosen from several, ``bench.paired.holm`` adjusts it.
         mcnemar_p: The two-sided p-value of the hypothesis that nothing changed.
-        needed: Items that a pass would take, where ``underpowered``; None where more items can
-            hardly help.
+        needed: The items that a pass would take, if ``underpowered``; None if more items can hardly
+            help.
     """
 
     outcome: Literal["pass", "fail", "underpowered"]
@@ -160,7 +161,7 @@ class Verdict(NonInferiority):
     """The comparison over all tasks together, stratified by task.
 
     Attributes:
-        tasks: The tasks that it is over: those at which the reference is better than chance.
+        tasks: The included tasks: those in which the reference is better than chance.
     """
 
     tasks: Annotated[tuple[Name, ...], Field(strict=False)]
@@ -172,15 +173,15 @@ class TaskFigures(StrictModel):
     Attributes:
         task: Its name.
         sha256: Hash of its items.
-        metric: What counts as right, such as ``acc`` or ``exact_match``.
-        chance: The accuracy of guessing; None where that is not known.
-        accuracy: The share of right answers with Wilson's interval. Its samples are the items, 1
-            where right and 0 where wrong, in the task's order.
-        reference_accuracy: The reference's.
-        at_chance: The reference is not shown to be better than guessing, so that no loss could be
-            seen here: the task is left out of the verdict.
-        compared: The paired comparison with the reference. It describes: the verdict is the one
-            over all tasks.
+        metric: The criterion of a right answer, such as ``acc`` or ``exact_match``.
+        chance: The accuracy of guessing; None if it is not known.
+        accuracy: The share of right answers with Wilson's interval. Its samples are the items in
+            the task's order: 1 if right, 0 if wrong.
+        reference_accuracy: The accuracy of the reference.
+        at_chance: The reference is not shown to be better than guessing, so no loss could be seen:
+            the task is not part of the verdict.
+        compared: The paired comparison with the reference for this task alone. The verdict is over
+            all tasks.
     """
 
     task: Name
@@ -197,9 +198,9 @@ class DepthFigures(StrictModel):
     """Figures of the predictions in one part of every window. Samples are windows.
 
     Attributes:
-        start: The first token's position in its window; the first predicted one has 1.
-        end: The position after the last one.
-        perplexity: As the record's, as are the others.
+        start: The first token's position in its window; the first predicted token has position 1.
+        end: The position after the last token.
+        perplexity: See ``Record``, also for the other figures.
     """
 
     start: Count
@@ -214,15 +215,15 @@ class DepthFigures(StrictModel):
 class GreedyFigures(StrictModel):
     """Greedy answers of the engine as it is timed, drafts included, compared with its own scores.
 
-    What is generated should be what scoring holds most likely: speculation that changed anything
-    would be seen here.
+    The generated tokens should be the most likely tokens when scored; a fault of speculation would
+    show here.
 
     Attributes:
         draft: The source of drafts: the configuration's ``draft_name``.
         agreement: The share of generated tokens that are the most likely ones by scoring. Samples
             are answers.
-        gap_max: The largest distance of a generated token's log-probability below the most likely
-            one's, in nats. Rounding alone leaves near-ties.
+        gap_max: The largest difference between the log-probabilities of the most likely token and
+            of the generated one, in nats. Rounding alone gives small differences.
     """
 
     draft: Name
@@ -231,14 +232,14 @@ class GreedyFigures(StrictModel):
 
 
 class QualityProtocol(StrictModel):
-    """The protocol of a quality measurement: enough to compute the same numbers again.
+    """The protocol of a quality measurement, with which it can be repeated.
 
     Attributes:
         text: The source of the text.
         text_sha256: Hash of its UTF-8 bytes.
-        window: Tokens in a window; windows do not overlap, and no token is added in front.
+        window: Tokens in a window. Windows do not overlap, and no token is added before them.
         n_windows: Windows scored, from the beginning of the text.
-        reference: The reference of the differences, such as ``none/eager float32``.
+        reference: The reference of the comparison, such as ``none/eager float32``.
     """
 
     text: Name
@@ -249,13 +250,13 @@ class QualityProtocol(StrictModel):
 
 
 class _Keys(TypedDict, total=False):
-    """Keys that readers of records use; there can be others, of any value that JSON has."""
+    """Keys that readers of records use; other keys are allowed, with any JSON value."""
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
 
 
 class RecordedConfig(_Keys, total=False):
-    """``EngineConfig`` as a record has it."""
+    """``EngineConfig`` in a record."""
 
     model: Name
     weights: Name
@@ -271,7 +272,7 @@ class RecordedConfig(_Keys, total=False):
 
 
 class RecordedEngine(_Keys, total=False):
-    """``EngineDescription`` as a record has it."""
+    """``EngineDescription`` in a record."""
 
     dtype: Name
     execution: Name | None
@@ -290,7 +291,7 @@ class RecordedHotloop(_Keys, total=False):
 
 
 class RecordedDevice(_Keys, total=False):
-    """The device that was measured on; bandwidths in bytes per second."""
+    """The device of the measurement; bandwidths are in bytes per second."""
 
     kind: Name
     name: Name
@@ -300,21 +301,21 @@ class RecordedDevice(_Keys, total=False):
 
 
 class RecordedHost(_Keys, total=False):
-    """The host's processors as a record has them."""
+    """The host's processors in a record."""
 
     cpu: Name | None
     n_cpus_allowed: Count
 
 
 class RecordedStorage(_Keys, total=False):
-    """``weights.identity.StoredForm`` as a record has it."""
+    """``weights.identity.StoredForm`` in a record."""
 
     summary: Name
     is_quantized: bool
 
 
 class Circumstances(_Keys, total=False):
-    """``hardware.circumstances`` as a record has it."""
+    """``hardware.circumstances`` in a record."""
 
     commit: Name | None
     packages: Name
@@ -326,9 +327,9 @@ class Circumstances(_Keys, total=False):
 class Provenance(_Keys, total=False):
     """Device, versions and hashes of inputs: see ``hardware.provenance``.
 
-    ``key`` is the job's, ``stored`` how the model's checkpoint is stored, ``reference`` the stem
-    of the reference's file where there is one, ``reference_model`` its model where that is not the
-    one that was measured.
+    ``key`` is the job's key, ``stored`` the form in which the model's checkpoint is stored,
+    ``reference`` the stem of the reference's file, if there is one, and ``reference_model`` the
+    reference's model, if it differs from the measured model.
     """
 
     hotloop: RecordedHotloop
@@ -347,20 +348,20 @@ class Provenance(_Keys, total=False):
 class Record(StrictModel):
     """One attempt at one cell. See the fields of ``EngineDescription`` for ``engine``.
 
-    The four speeds are means over the requests of a repeat; ``aggregate_tok_s`` alone is of the
-    whole batch: all its tokens over the time to the last.
+    The speeds are means over the requests of a repeat. Only ``aggregate_tok_s`` is for the whole
+    batch: all its tokens over the time to the last token.
 
-    ``mbu`` is against the measured read bandwidth and ``mbu_datasheet`` against the vendor's
-    figure, where one is known; both bandwidths stand in ``provenance["device"]``. With
-    ``speculation`` there is neither.
+    ``mbu`` is relative to the measured read bandwidth, and ``mbu_datasheet`` to the vendor's
+    figure, if it is known; ``provenance["device"]`` has both bandwidths. With ``speculation`` there
+    is neither.
 
-    ``baseline`` names the engine that was measured, where it is not hotloop's own.
+    ``baseline`` names the measured engine, if it is not hotloop's own.
 
-    Quality: see ``evaluate.quality.Quality`` for the figures over windows of the text, of which
-    ``perplexity`` is by the protocol ``gptq`` and ``other_perplexities`` by those that it names.
-    ``kl_floor`` is the reference's divergence from itself, scored again in windows of another
-    length: what rounding alone gives. ``by_depth`` has the same figures by position, where windows
-    are long.
+    Quality: see ``evaluate.quality.Quality`` for the figures over windows of the text.
+    ``perplexity`` is by the protocol ``gptq``, and ``other_perplexities`` by the protocols that it
+    names. ``kl_floor`` is the reference's divergence from itself, scored again in windows of
+    another length: the effect of rounding alone. ``by_depth`` has the same figures by position, if
+    windows are long.
     """
 
     schema_version: int = SCHEMA_VERSION

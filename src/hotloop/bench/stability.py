@@ -1,4 +1,4 @@
-"""Tells whether repeats of a timed run agree, and the likely cause when they do not.
+"""Tells whether repeats of a timed run agree, and the likely cause if they do not.
 
 The cause is guessed from the pattern of the samples and from the load of the machine meanwhile. It
 tells a user where to look; no sample is corrected or dropped.
@@ -16,7 +16,7 @@ MAX_VARIATION = 0.05
 """Repeats whose coefficient of variation (standard deviation / mean) is above this are unstable."""
 
 MIN_REPEATS_FOR_A_CAUSE = 4
-"""With fewer, every pattern can be found in any samples."""
+"""The fewest repeats for which a cause is named: with fewer, any pattern can be found."""
 
 _DRIFT_CORRELATION = 0.9
 _BUSY_CPU = 0.1
@@ -26,7 +26,7 @@ _CLOCK_CHANGE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class CpuTimes:
-    """CPU seconds since boot, over all CPUs: in all, spent busy, and spent by this process tree.
+    """CPU seconds since boot, summed over all CPUs: total, busy, and of this process tree.
 
     Children that ended and were waited for are part of the tree.
     """
@@ -36,9 +36,10 @@ class CpuTimes:
     own: float
 
     def others_since(self, before: CpuTimes) -> float | None:
-        """Returns others' share of all CPU time since ``before``, the hypervisor included.
+        """Returns the share of CPU time of other processes and the hypervisor since ``before``.
 
-        None where too little passed: the kernel counts in hundredths of a second.
+        The result is None if too little time has passed: the kernel counts in hundredths of a
+        second.
         """
         total = self.total - before.total
         others = (self.busy - before.busy) - (self.own - before.own)
@@ -46,7 +47,7 @@ class CpuTimes:
 
 
 def cpu_times() -> CpuTimes:
-    """Returns the clocks as they stand now."""
+    """Returns the current CPU times."""
     import psutil
 
     spent = psutil.cpu_times()._asdict()
@@ -73,12 +74,13 @@ def explain_instability(
     """Explains in a sentence or two why repeats are unstable; None if they are not.
 
     Args:
-        seconds: The time of each repeat, in the order they were run.
-        others_cpu: Share of CPU time that other processes took during each, where known.
-        sm_clock_mhz: The GPU's clock right after each, where known.
-        tokens_per_step: Tokens that a step gave in each, where drafts were made: these depend on
-            the text, and every repeat has another.
-        acceptance_assumed: Whether drafts were kept with a given probability, whatever the text.
+        seconds: The time of each repeat, in order.
+        others_cpu: The share of CPU time that other processes took during each repeat, if known.
+        sm_clock_mhz: The GPU's clock right after each repeat, if known.
+        tokens_per_step: Tokens per step in each repeat, with drafts: they depend on the text, which
+            differs between repeats.
+        acceptance_assumed: Whether drafts were accepted with a given probability, whatever the
+            text.
     """
     variation = _variation(seconds)
     if variation <= MAX_VARIATION:
@@ -134,7 +136,7 @@ def _pattern(seconds: Sequence[float]) -> str:
 
 
 def _beyond_limit(variation: float) -> str:
-    """Formats a variation above the limit with the digits that tell it from the limit."""
+    """Formats a variation above the limit, with enough digits to distinguish it from the limit."""
     digits = 0
     while f"{variation:.{digits}%}" == f"{MAX_VARIATION:.{digits}%}":  # ends, since the two differ
         digits += 1

@@ -2,9 +2,9 @@
 
 One sample is one independent observation: a whole timed run, or a whole window of text. Predictions
 within a window are correlated, so their spread says little about the next window. With windows of
-equal length the mean of window means is the mean over all predictions, and its clustered standard
-error (Liang & Zeger 1986, one cluster per window) is that of a plain mean over windows; so the same
-few lines serve speed and quality. ``clustered_mean_figure`` is for windows of unequal length.
+equal length, the mean of window means is the mean over all predictions, and its clustered standard
+error (Liang & Zeger 1986, one cluster per window) equals that of a plain mean over windows; so the
+same functions serve speed and quality. ``clustered_mean_figure`` is for windows of unequal length.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def mean_figure(
     """Computes the mean, standard error and 95 % t-interval of independent samples.
 
     Args:
-        samples: One or more. A single one has no interval and no standard error.
-        within: Values the mean can take at all, such as (0, 1) for a rate. The interval is cut to
-            them, which costs it no coverage.
+        samples: One sample or more. A single sample has no interval and no standard error.
+        within: The possible range of the mean, such as (0, 1) for a rate. The interval is limited
+            to it, which does not reduce its coverage.
     """
     return clustered_mean_figure(samples, [1] * len(samples), within=within)
 
@@ -38,14 +38,14 @@ def clustered_mean_figure(
     *,
     within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Figure:
-    """Computes the mean over all observations, with the interval of correlated ones in clusters.
+    """Computes the mean over all observations, which are correlated within clusters.
 
     The standard error is that of a ratio of sums, SE² = G/(G - 1) Σ (sum_g - size_g mean)² / N²,
     and the interval Student's t with G - 1 degrees of freedom. Samples are the clusters' means.
 
     Args:
         sums: The sum of the observations in each of G clusters.
-        sizes: The number of observations in each, 1 or more.
+        sizes: The number of observations in each cluster, 1 or more.
         within: As for ``mean_figure``.
     """
     n = len(sums)
@@ -63,11 +63,11 @@ def clustered_mean_figure(
 def positive_mean_figure(samples: Sequence[float]) -> Figure:
     """Computes the mean of a skewed quantity above 0, with the interval of its logarithm.
 
-    The standard error of the logarithm is by the delta method: that of the mean, over the mean. A
-    mean that rounding left at 0 or below has the interval of ``mean_figure``.
+    The standard error of the logarithm is that of the mean, divided by the mean (delta method). A
+    mean of 0 or below, by rounding, has the interval of ``mean_figure``.
 
     Args:
-        samples: One or more.
+        samples: One sample or more.
     """
     figure = mean_figure(samples, within=(0, math.inf))
     if figure.se is None or figure.mean <= 0:
@@ -80,10 +80,10 @@ def positive_mean_figure(samples: Sequence[float]) -> Figure:
 def share_figure(successes: Sequence[float], trials: Sequence[int]) -> Figure:
     """Computes the share of successes in clusters, with Wilson's score interval.
 
-    Trials of a cluster are correlated. So the interval is that of fewer trials, by the design
+    Trials of a cluster are correlated. So the interval is computed for fewer trials, by the design
     effect: the variance between clusters over that of independent trials (Kish 1965). Unlike a
-    t-interval it stays between 0 and 1, and has a width where every trial succeeds. Samples are the
-    clusters' shares.
+    t-interval it stays between 0 and 1, and its width is not zero if every trial succeeds. Samples
+    are the clusters' shares.
 
     Args:
         successes: Successes in each cluster.
@@ -128,8 +128,8 @@ def wilson_interval(share: float, n: float, *, critical: float = _Z_95) -> tuple
 def t_critical(df: int, *, confidence: float = 0.95) -> float:
     """Computes the two-sided critical value of Student's t distribution.
 
-    It bisects the closed form of the probability within t for whole ``df``, in the
-    angle atan(t / sqrt(df)) (Abramowitz & Stegun, 26.7.3 and 26.7.4).
+    It inverts the closed form for integer ``df`` by bisection over the angle atan(t / sqrt(df))
+    (Abramowitz & Stegun, 26.7.3 and 26.7.4).
     """
     assert df >= 1, f"a t-interval needs at least two samples, not {df + 1}"
     assert 0 < confidence < 1, f"confidence must lie between 0 and 1, not {confidence}"

@@ -4,16 +4,16 @@
 gloo on CPUs and NCCL on GPUs. The all-reduce after a row-parallel projection is a torch operator
 that is opaque to the compiler, so that compiled regions and CUDA graphs can contain it.
 
-Ranks on the CPUs of one machine exchange their parts through memory that they share
-(``kernels/cpu/exchange.h``), since gloo takes a millisecond and more for an all-reduce of a single
-token, of which a step has two a layer. Each adds the parts in float32 in the order of ranks, so all
-get the same bits.
+Ranks on the CPUs of one machine exchange their parts through shared memory
+(``kernels/cpu/exchange.h``), since gloo takes a millisecond or more for an all-reduce of a single
+token, and a step has two all-reduces per layer. Each rank adds the parts in float32 in the order of
+ranks, so all ranks get the same bits.
 
 On GPUs the activations of a single token are a few KiB, for which an all-reduce by NCCL is mostly
-latency. Where all ranks can read each other's memory, small all-reduces go through torch's
-symmetric memory instead, unless NCCL is asked for: each rank reads the others' values itself, in
-one kernel. Ranks may then sum in different orders and differ by rounding; therefore whatever must
-agree (tokens) is decided by exact comparisons. The fused step uses neither: its kernels
+latency. If all ranks can read each other's memory, small all-reduces use torch's symmetric memory
+instead, unless NCCL is requested: each rank reads the other ranks' values itself, in one kernel.
+Ranks may then sum in different orders and differ by rounding; therefore decisions on which ranks
+must agree (tokens) use exact comparisons. The fused step uses neither: its kernels
 (``kernels.cuda.step``) write to each other's ``inboxes``, which are symmetric memory too.
 """
 
@@ -43,7 +43,7 @@ _SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
 
 TIMEOUT = timedelta(minutes=30)
 """Time limit of a collective, for ranks that compile or load at different speeds. The launcher
-notices ranks that die, without waiting for this."""
+detects ranks that die before this limit."""
 
 
 Use = Literal["all_reduce", "argmax"]
@@ -90,7 +90,7 @@ class Group:
         return x[None]
 
     def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:  # noqa: ARG002 (others do)
-        """Allocates memory of every rank that all ranks can write; None where that is impossible.
+        """Allocates memory of every rank that all ranks can write; None if that is impossible.
 
         All ranks call this at the same time, with the same arguments.
 
@@ -107,7 +107,7 @@ class Inboxes:
 
     Attributes:
         rank: This rank.
-        addresses: The address of each rank's inbox, as this rank sees it.
+        addresses: The address of each rank's inbox in this rank's address space.
         memory: The owner of the memory, which is kept alive.
     """
 
@@ -124,12 +124,12 @@ class ProcessGroup(Group):
         rank: This rank.
         size: The number of ranks.
         device: The device of this rank's tensors. All ranks have the same kind of device.
-        all_reduce: All-reduce backend, of the kind of device. NCCL is used in any case for sums
-            that are too large for symmetric memory, for maxima and for gathering. The fused step
-            has its own.
+        all_reduce: All-reduce backend, for the kind of device. NCCL is always used for sums that
+            are too large for symmetric memory, for maxima and for gathering. The fused step has its
+            own kernels.
 
     Raises:
-        UnsupportedError: Symmetric or shared memory was asked for and does not work; raised on
+        UnsupportedError: Symmetric or shared memory was requested and does not work; raised on
             every rank.
     """
 
@@ -185,11 +185,11 @@ class ProcessGroup(Group):
 
     @property
     def sums_in_one_order(self) -> bool:
-        """See ``Group``; where gloo or NCCL sum, an element may begin with any rank's part."""
+        """See ``Group``; with gloo or NCCL, the first summand of an element may be any rank's."""
         return self._shared is not None
 
     def sum(self, x: Tensor) -> Tensor:
-        """See ``Group``; uses shared memory, or symmetric memory where that is faster."""
+        """See ``Group``; uses shared memory, or symmetric memory if that is faster."""
         if self._shared is not None:
             x = x.contiguous()
             return torch.ops.hotloop_cpu.sum_over_ranks(x, self._shared, self.rank, self.size)
@@ -226,7 +226,7 @@ class ProcessGroup(Group):
         return None if parts is None else torch.stack(parts)
 
     def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:  # noqa: ARG002 (all alike)
-        """See ``Group``; inboxes are symmetric memory, where that is used."""
+        """See ``Group``; inboxes are symmetric memory, if that is used."""
         if self._buffer is None:
             return None
         import torch.distributed._symmetric_memory as symm_mem
@@ -273,7 +273,7 @@ def _peers() -> Iterator[None]:
 
 
 def _agreed(group: ProcessGroup, reason: str | None, device: torch.device) -> bool:
-    """Tells whether no rank has a reason against something, so that all use it or none."""
+    """Tells whether no rank has a reason against a backend, so that all ranks decide alike."""
     against = torch.tensor([reason is not None], dtype=torch.int32, device=device)
     return not bool(group.max(against))
 
@@ -293,7 +293,7 @@ def _symmetric_buffer(
 ) -> tuple[Tensor | None, str | None]:
     """Allocates memory that every rank can read, and tests it; or returns why that fails.
 
-    All ranks come to the same decision: none uses it unless all can.
+    All ranks decide alike: either all use it or none does.
     """
     reason = _symmetric_unavailable_reason(group.size, device)
     buffer = None

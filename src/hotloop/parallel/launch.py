@@ -2,11 +2,11 @@
 
 The caller's process is not a rank. It sends commands to all ranks, and gets results from one of
 them. A thread watches every rank's connection and process, so that the caller never waits for a
-rank that has ended. When a rank fails, all are ended, and the caller gets the error of the first
-failure rather than of those that it caused in other ranks.
+rank that has ended. When a rank fails, all ranks are ended, and the caller gets the error of the
+first failure, not the errors that it caused in other ranks.
 
 Each rank leads a session of its own: a Ctrl-C at the terminal reaches only the caller, and ending a
-rank ends the processes that it started. Ranks notice the caller's end by their connection (see
+rank ends the processes that it started. Ranks detect the end of the caller by their connection (see
 ``link``) and by their parent process (see ``program``).
 
 This module does not know what ranks compute.
@@ -39,7 +39,7 @@ TICK_S = 0.5
 """Interval of checks of processes whose connections send nothing."""
 
 PEER_GRACE_S = 2.0
-"""Time to wait for the cause, where a rank reports only that one of its peers is gone."""
+"""Time to wait for the cause, if a rank reports only that one of its peers is gone."""
 
 SILENCE_S = 30.0
 """Time without an answer after which a warning names the ranks that do not respond."""
@@ -49,13 +49,13 @@ LOG_TAIL_LINES = 8
 
 @dataclass(eq=False)
 class Rank:
-    """A rank as the caller sees it.
+    """The caller's view of a rank.
 
     Attributes:
         index: Its number.
         connection: Carries commands to it, and its answers.
         process: Its process; None if it was started elsewhere (by torchrun).
-        log: The output of its process, if we started that.
+        log: The output of its process, if the caller started it.
     """
 
     index: int
@@ -65,9 +65,10 @@ class Rank:
     killed: bool = False
 
     def kill(self) -> None:
-        """Kills its process and those that it started: it may be waiting for a peer.
+        """Kills its process and the processes that it started: it may be waiting for a peer.
 
-        A process that we did not start ends itself when its connection closes (see ``link``).
+        A process that the caller did not start ends itself when its connection closes (see
+        ``link``).
         """
         if self.process is not None:
             self.process.kill()
@@ -77,7 +78,7 @@ class Rank:
                 end.shutdown(socket.SHUT_RDWR)
 
     def is_stopped(self) -> bool:
-        """Tells whether its process is stopped, as by SIGSTOP; only known of our own."""
+        """Tells whether its process is stopped, as by SIGSTOP; False for others' children."""
         if self.process is None:
             return False
         try:
@@ -86,7 +87,7 @@ class Rank:
             return False
 
     def release(self) -> None:
-        """Ends an idle rank; a process that we did not start ends in good order."""
+        """Ends an idle rank; a process that the caller did not start shuts down by itself."""
         if self.process is not None:
             self.kill()
         elif not self.killed:
@@ -133,7 +134,7 @@ def end_ranks(ranks: Sequence[Rank]) -> None:
 
 
 class Ranks:
-    """A group of ranks under watch. They are ended with the last reference to it, or at exit.
+    """A group of watched ranks. They are ended with the last reference to the group, or at exit.
 
     Args:
         ranks: All ranks, in order. The first one answers commands.
@@ -186,8 +187,8 @@ class Reply:
             on_progress: Called with progress meanwhile.
 
         Raises:
-            HotloopError: The error of the rank that failed first; RankError if it is none of
-                hotloop's own, or if a rank died.
+            HotloopError: The error of the rank that failed first; RankError if that error is not
+                hotloop's, or if a rank died.
         """
         warned = False
         while True:
@@ -230,7 +231,7 @@ class _Watch:
             self._phase = phase
 
     def silence(self) -> str:
-        """Says which ranks do not answer: those that are stopped, or else the first."""
+        """Returns a message on ranks that do not answer: stopped ranks, or else the first rank."""
         stopped = [str(rank.index) for rank in self.ranks if rank.is_stopped()]
         who = f"rank {' and '.join(stopped)} of {len(self.ranks)} is stopped (SIGCONT resumes it)"
         if not stopped:
@@ -238,7 +239,7 @@ class _Watch:
         return f"no answer for {SILENCE_S:.0f} s in {self._phase}: {who}. Still waiting."
 
     def end(self) -> None:
-        """Makes all replies, pending and later, raise that the ranks have ended."""
+        """Makes all pending and later replies raise an error: the ranks have ended."""
         with self.changed:
             self.ended = True
             if self.error is None:
@@ -261,7 +262,7 @@ class _Watch:
                     deadline = min(deadline, time.monotonic() + PEER_GRACE_S)
             if self.ended:
                 return
-        # The first rank whose failure is its own, or else the first that noticed a peer's.
+        # The first rank with a failure of its own, or else the first that reported a peer's.
         own = (rank for rank, failure in failures.items() if not (failure and failure.by_peer))
         first = next(own, next(iter(failures)))
         error = self._explain(first, failures[first])

@@ -1,10 +1,10 @@
 """Messages between the caller's process and its ranks, and the rank's end of the connection.
 
 Commands are numbered values of any type, and reach every rank in the same order. A rank answers
-some of them, by their number, and reports progress and failure. One thread receives and one sends,
-so that a rank can start the next command while its device still computes the last answer, and so
-that it notices at any time, even while it waits for its peers, that the caller is gone. It then
-ends itself.
+some of them, by their number, and reports progress and failure. One thread receives and one thread
+sends. So a rank can start the next command while its device still computes the last answer, and it
+detects at any time, even while it waits for its peers, that the caller is gone. It then ends
+itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from hotloop.errors import HotloopError
 
 LAST = None
-"""Sent instead of a command: the rank ends."""
+"""Sent in place of a command to end the rank."""
 
 
 class PeerError(RuntimeError):
@@ -58,7 +58,7 @@ class Failure:
     Attributes:
         error: The exception, if it is one of hotloop's errors.
         summary: The exception in one line.
-        by_peer: The cause is another rank's end.
+        by_peer: The cause is the end of another rank.
     """
 
     error: HotloopError | None
@@ -84,7 +84,7 @@ def send(connection: Connection, message: Any) -> None:
 
 
 def receive(connection: Connection) -> Any:
-    """Receives a message of ``send``; raises EOFError or OSError when the other end is gone."""
+    """Receives a message of ``send``; raises EOFError or OSError if the other end is gone."""
     return pickle.loads(connection.recv_bytes())
 
 

@@ -9,9 +9,9 @@ that kernels need not know of ranks. A rank holds either
 - some query heads of one group, if there are fewer key/value heads than ranks. Each of the group's
   ranks then has a copy of the key/value head.
 
-Shards are as even as that allows, and rank 0's are never smaller than another's: a model that fits
-on rank 0 fits on all. No shard divides features that share a quantization scale, and boundaries are
-multiples of as many features as possible.
+Shards are as even as that allows. Rank 0's shard is never smaller than another's, so a model that
+fits on rank 0 fits on every rank. No shard divides features that share a quantization scale, and
+boundaries are multiples of as many features as possible.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Axis = Literal["heads", "kv_heads", "features"]
 
 _UNITS = (128, 64, 32, 16, 8, 4, 2, 1)
 _FRIENDLY = 32
-"""The fewest contiguous features that kernels read well; only tiny models are split finer."""
+"""The fewest contiguous features that kernels read efficiently; only tiny models are split finer.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ class LayerShard:
 
     Attributes:
         heads: Query heads.
-        kv_heads: Key/value heads; if there are fewer than ranks, several ranks hold the same ones.
+        kv_heads: Key/value heads; if there are fewer heads than ranks, several ranks hold the same
+            head.
         features: Features of the feed-forward.
     """
 
@@ -89,7 +91,7 @@ class Shard:
 def plan_shards(
     n_ranks: int, *, layers: Sequence[LayerShape], vocab_size: int
 ) -> tuple[Shard, ...]:
-    """Plans each rank's shard; a single rank's is the whole model.
+    """Plans each rank's shard; a single rank has the whole model.
 
     Args:
         n_ranks: The number of ranks.
@@ -97,7 +99,8 @@ def plan_shards(
         vocab_size: Rows of the head.
 
     Raises:
-        UnsupportedError: The model cannot be split so; the message names the degrees that work.
+        UnsupportedError: The model cannot be split over so many ranks; the message names the
+            numbers that work.
     """
     shapes = tuple(dict.fromkeys(layers))
 
@@ -128,7 +131,7 @@ def plan_shards(
 
 
 def _split_layer(shape: LayerShape, n: int) -> list[LayerShard] | None:
-    """Splits a layer over ``n`` ranks; None if it cannot be."""
+    """Splits a layer over ``n`` ranks; returns None if that is impossible."""
     heads = _split_heads(shape, n)
     features = _split_finely(shape.n_features, n, shape.features_alignment)
     if heads is None or features is None:
@@ -140,7 +143,7 @@ def _split_layer(shape: LayerShape, n: int) -> list[LayerShard] | None:
 
 
 def _split_heads(shape: LayerShape, n: int) -> list[tuple[range, range]] | None:
-    """Splits query and key/value heads over ``n`` ranks; None if they cannot be."""
+    """Splits query and key/value heads over ``n`` ranks; returns None if that is impossible."""
     group = shape.n_heads // shape.n_kv_heads
     # Heads of attention's output that must not be divided.
     unit = math.lcm(shape.heads_alignment, shape.head_dim) // shape.head_dim
@@ -162,7 +165,7 @@ def _split_heads(shape: LayerShape, n: int) -> list[tuple[range, range]] | None:
 
 
 def _split_finely(n: int, n_parts: int, alignment: int) -> list[range] | None:
-    """Splits as evenly as possible, at multiples of as large a unit as that allows."""
+    """Splits as evenly as possible, at multiples of the largest unit with which that works."""
     units = [math.lcm(unit, alignment) for unit in _UNITS]
     possible = [unit for unit in units if -(-n // unit) >= n_parts]
     if not possible:
@@ -173,7 +176,7 @@ def _split_finely(n: int, n_parts: int, alignment: int) -> list[range] | None:
 
 
 def _split(n: int, n_parts: int, unit: int) -> list[range]:
-    """Splits into consecutive ranges of whole units, larger ones first; the last may be cut."""
+    """Splits into consecutive ranges of whole units, larger first; the last unit may be cut."""
     n_units = -(-n // unit)
     edges = [0]
     for part in range(n_parts):

@@ -1,8 +1,9 @@
 """``python -m hotloop.parallel.program CALLER MODULE ARGUMENTS``: runs the module of a rank.
 
-The rank ends when its caller does, from its start on. The connection alone cannot ensure that: a
-module that imports torch takes seconds before it reads the connection, which also stays open as
-long as a fork of the caller lives. So a thread polls whether the parent process, CALLER, is gone.
+From its start on, the rank ends when its caller ends. The connection alone cannot ensure that: a
+module that imports torch takes seconds before it reads the connection, and the connection stays
+open as long as a fork of the caller lives. So a thread polls whether the parent process, CALLER, is
+gone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TICK_S = 0.5
 
 
 def end_with(caller: int) -> None:
-    """Ends this process and those that it started, once ``caller`` is no longer its parent."""
+    """Ends this process and its children, once ``caller`` is no longer its parent."""
     while os.getppid() == caller:
         time.sleep(TICK_S)
     end_group()

@@ -1,10 +1,11 @@
 """Rendezvous of ranks through a key-value store that all of them can reach.
 
-Ranks that we start use a store that the caller serves on the loopback interface, at a port that the
-system picks. Ranks that torchrun starts (or anything else that sets ``RANK``, ``WORLD_SIZE``,
-``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``) use torchrun's store. In that case the process
-with rank 0 is the caller, and starts rank 0 as another process on its machine; the other processes
-become the other ranks, and connect to the caller, whose address and secret are in the store.
+Ranks that the caller starts use a store that the caller serves on the loopback interface, at a port
+that the system picks. Ranks that torchrun starts (or anything else that sets ``RANK``,
+``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``) use torchrun's store. In that
+case the process with rank 0 is the caller, and starts rank 0 as another process on its machine; the
+other processes become the other ranks, and connect to the caller, whose address and secret are in
+the store.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Address:
     Attributes:
         host: Host name or IP address.
         port: Port.
-        prefix: Prefix of our keys.
+        prefix: Prefix of hotloop's keys.
     """
 
     host: str

@@ -1,7 +1,7 @@
 """Memory that the ranks of one machine share, for the exchanges of ``kernels.cpu``.
 
-It is an anonymous file of rank 0 (memfd), which the others open through its process: it never has a
-name, so nothing remains of it, however the ranks end.
+It is an anonymous file of rank 0 (memfd), which the other ranks open through rank 0's process. The
+file never has a name, so nothing remains of it, however the ranks end.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hotloop.kernels import cpu
 _KEY = "shared_memory"
 
 _SECRET_BYTES = 16
-"""Bytes behind the exchanges' that identify the file: where process ids are of another machine or
-container, they can be those of other processes."""
+"""Bytes after those of the exchanges that identify the file: on another machine or in another
+container, the process id may be that of another process."""
 
 
 class SharedMemory:
@@ -34,8 +34,8 @@ class SharedMemory:
         size: The number of ranks.
 
     Attributes:
-        tensor: The memory, uint8; None where this rank cannot map it.
-        reason: Why not.
+        tensor: The memory, uint8; None if this rank cannot map it.
+        reason: Why it cannot be mapped; None if it can.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:

@@ -1,1 +1,1 @@
-"""The server: OpenAI's API over HTTP, for one engine and several clients at once."""
+"""The server: OpenAI's API over HTTP, for one engine and several concurrent clients."""

@@ -1,7 +1,7 @@
-"""``RequestLog``: an id for each request, and a line about it once it is answered.
+"""``RequestLog``: gives each request an id, and logs a line once it is answered.
 
-A line says when, who asked for what, and how it was answered; it has nothing of prompts, answers,
-queries or keys. A plain ASGI application around all others.
+A line has the time, the client, the route and the status; it has no part of prompts, answers,
+queries or keys. It is a plain ASGI application around all others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RequestLog:
 
     Args:
         app: The application.
-        write: Is given each line; None logs nothing.
+        write: Called with each line; None logs nothing.
     """
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None] | None) -> None:
@@ -63,7 +63,7 @@ class RequestLog:
 
 
 def _given_id(scope: Scope) -> str | None:
-    """Returns the id that the client sent, if it can stand in a header and in a line."""
+    """Returns the id that the client sent, if it is valid in a header and in a line of the log."""
     name = REQUEST_ID.encode()
     given = next((value for key, value in scope["headers"] if key == name), b"")
     return given.decode() if _ID.fullmatch(given) else None

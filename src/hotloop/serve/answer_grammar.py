@@ -1,8 +1,9 @@
 """Grammars of whole answers: reasoning, then calls of tools or what a client's grammar allows.
 
-Pure functions, from what a request asks for to llguidance's notation of Lark. They are needed where
-a client's own grammar is not all: an answer must call a tool (``tool_choice`` required, or a tool
-by name); it may call one or follow a schema; or the model reasons before it does either.
+Pure functions that translate a request into llguidance's Lark notation. They are needed if the
+client's grammar does not describe the whole answer: the answer must call a tool (``tool_choice``
+required, or a tool by name); it may either call a tool or follow a schema; or the model reasons
+first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _JSON_STYLE = {
 _PLAIN_KEYS = frozenset(
     {"type", "properties", "required", "$defs", "title", "description", "$schema"}
 )
-"""The keys of a schema of an object that others of its keys do not add properties to."""
+"""The keys of an object's schema with which no other key can add properties."""
 
 _Rules = dict[str, str]
 _Text = Callable[[str], str]
@@ -50,15 +51,15 @@ def answer_grammar(
     """Returns the grammar of an answer; None if anything may be said.
 
     Args:
-        grammar: The client's, of the answer's content.
+        grammar: The client's grammar of the answer's content.
         use: The tools.
         parser: The parser of the model's calls.
-        tokenizer: The model's, whose control tokens the grammar names by id.
-        reasoning: The markers of the model's reasoning; None: it does not reason.
+        tokenizer: The model's tokenizer; the grammar names control tokens by id.
+        reasoning: The markers of the model's reasoning; None if it does not reason.
         within: The answer begins within reasoning.
 
     Raises:
-        RequestError: The client's grammar is not JSON where it must be.
+        RequestError: The client's grammar must be JSON, and is not.
     """
     if not use.forced and (grammar is None or not (use.tools or reasoning)):
         return grammar
@@ -139,8 +140,8 @@ def arguments_grammar(tool: Tool) -> Grammar:
 def _parameters(tool: Tool) -> dict[str, Any]:
     """Returns the schema of a call's arguments.
 
-    It allows no others than those that are listed, where the tool's schema leaves that open: a
-    model that is forced to call could go on with more of them for ever.
+    If the tool's schema does not say whether further arguments are allowed, they are not: a model
+    that is forced to call could otherwise add arguments without end.
     """
     schema = {"type": "object", "properties": {}, **tool.parameters}
     listed, required = schema["properties"], schema.get("required", [])
@@ -167,7 +168,7 @@ def _refuse(name: object, problem: str) -> RequestError:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    """Returns the rule of JSON without free whitespace, which small models go on with."""
+    """Returns the rule of JSON without free whitespace, which small models repeat without end."""
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_STYLE})}"
 
 
@@ -185,5 +186,5 @@ _ESCAPE_OR_SLASH = re.compile(r"\\.|/|\n", re.DOTALL)
 
 
 def _escaped_slash(found: re.Match[str]) -> str:
-    """Escapes what would end an expression between slashes; what is escaped stays as it is."""
+    """Escapes slashes, which would end an expression between slashes; keeps escape sequences."""
     return {"/": "\\/", "\n": "\\n"}.get(found[0], found[0])

@@ -1,11 +1,11 @@
 """Answers over HTTP: from a ticket of the engine to a response, whole or streamed.
 
-What an answer looks like is its ``Shape``'s business: ``chat`` and ``completions`` have one each.
-Here are what all of them share: waiting on the event loop, a client that goes away or is too slow,
-comments while nothing comes, and errors in mid-stream.
+A ``Shape`` formats answers: ``chat`` and ``completions`` have one each. This module has the common
+parts: waiting on the event loop, clients that disconnect or are too slow, keep-alive comments, and
+errors in mid-stream.
 
-A stream's events are text that the shape makes of prepared templates, since a JSON encoder for
-whole chunks takes several times as long.
+A shape makes the events of a stream from prepared templates, since a JSON encoder for whole chunks
+takes several times as long.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ STREAM_HEADERS = {
 
 
 LARGE_ENTRIES = 500
-"""More tokens and alternatives than this become JSON off the event loop."""
+"""With more tokens and alternatives than this, JSON is made outside the event loop."""
 
 
 class Shape(Protocol):
-    """Writes answers in one of the API's forms. It lives as long as its request."""
+    """Formats the answers of one request in a form of the API."""
 
     def first_events(self) -> str:
         """Returns the events before all answers."""
         ...
 
     def events(self, delta: Delta, usage: str) -> str:
-        """Returns the events of a piece of an answer; ``usage`` ends each, see ``Chunks``."""
+        """Returns the events of a piece of an answer; each has ``usage``, see ``Chunks``."""
         ...
 
     def last_events(self, usage: Mapping[str, Any], *, wanted: bool) -> str:
-        """Returns the events after all answers; the usage is ``wanted`` in chunks, or is not."""
+        """Returns the events after all answers, with the usage if it is ``wanted``."""
         ...
 
     def error_events(self, error: Exception) -> str:
-        """Returns the events that tell an error in mid-stream."""
+        """Returns the events of an error in mid-stream."""
         ...
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
-        """Returns the whole response of all pieces of all answers."""
+        """Returns the whole response from all pieces of all answers."""
         ...
 
 
@@ -73,7 +73,7 @@ compact: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=
 
 
 as_string = json.encoder.encode_basestring
-"""Returns a text as JSON. For chunks, whose only variable part it mostly is."""
+"""Returns a text as JSON; it is usually the only variable part of a chunk."""
 
 
 class Chunks:
@@ -131,18 +131,18 @@ def usage(tally: Tally) -> dict[str, Any]:
 async def respond(
     served: Served, ticket: Ticket, shape: Shape, asked: SamplingBody, receive: Receive
 ) -> Response:
-    """Returns the response of a ticket: its stream, or its whole body once that is there.
+    """Returns the response of a ticket: its stream, or its whole body once that is complete.
 
     Args:
         served: The model.
         ticket: The request, submitted.
-        shape: What its answers look like.
+        shape: The form of its answers.
         asked: The request's body.
-        receive: Tells when the client has gone.
+        receive: The ASGI function that reports a disconnected client.
 
     Raises:
-        HotloopError: What ended the request, if it is not streamed.
-        ClientDisconnect: The client has gone.
+        HotloopError: The request has failed, and is not streamed.
+        ClientDisconnect: The client has disconnected.
     """
     if asked.stream:
         return EventStream(served, ticket, shape, asked)
@@ -165,7 +165,8 @@ def checked(piece: Piece) -> Delta:
     """Returns a piece of an answer.
 
     Raises:
-        ServiceClosedError: The answer was cancelled: the service ends, or the client has gone.
+        ServiceClosedError: The answer was cancelled: the service ends, or the client has
+            disconnected.
     """
     assert isinstance(piece, Delta), "a prompt's pieces are of its answers"
     if piece.generation is not None and piece.generation.finish_reason == "cancelled":
@@ -177,7 +178,7 @@ def checked(piece: Piece) -> Delta:
 async def cancelled_if_gone(
     served: Served, ticket: Ticket, receive: Receive
 ) -> AsyncGenerator[None]:
-    """Cancels a ticket as soon as its client has gone, or the block ends before the ticket.
+    """Cancels a ticket when its client disconnects, or if the block ends before the ticket.
 
     Raises:
         ClientDisconnect: The client has gone.
@@ -206,7 +207,7 @@ async def cancelled_if_gone(
 
 
 class EventStream(Response):
-    """A stream of server-sent events: the pieces of a ticket's answers, as they come.
+    """A stream of server-sent events: the pieces of a ticket's answers, as they arrive.
 
     Args:
         served: The model.

@@ -1,4 +1,4 @@
-"""``create_app``: the routes, and what stands around them."""
+"""``create_app``: the routes, and the middleware around them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def create_app(served: Served, access_log: Callable[[str], None] | None = None) 
     """Makes the application that serves a model.
 
     Args:
-        served: The model, or where it will be once it is loaded.
-        access_log: Is given a line about each request; None logs nothing.
+        served: The model, which may still be loading.
+        access_log: Called with a line about each request; None logs nothing.
     """
     app = Starlette(
         routes=[
@@ -57,11 +57,11 @@ def create_app(served: Served, access_log: Callable[[str], None] | None = None) 
         ),
     )
     app.state.served = served
-    return RequestLog(app, access_log)  # around all else: also a fault of ours has an id
+    return RequestLog(app, access_log)  # outermost: a response to an internal error has an id, too
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Lets pages of some origins ask; without credentials of their user, such as cookies."""
+    """Allows requests from pages of some origins, without credentials such as cookies."""
     if not origins:
         return []
     allowed = {"allow_origins": origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}

@@ -17,7 +17,7 @@ from hotloop.serve.settings import ServerSettings
 T = TypeVar("T", bound=BaseModel)
 
 LARGE_BYTES = 16 * 2**10
-"""Work on more text than this leaves the event loop to the others."""
+"""With more text than this, work is done in another thread, not in the event loop."""
 
 
 async def read(request: Request, of: type[T], settings: ServerSettings) -> T:
@@ -30,7 +30,7 @@ async def read(request: Request, of: type[T], settings: ServerSettings) -> T:
 
     Raises:
         ApiError: It is too large, not JSON, nested too deep, or not valid.
-        ClientDisconnect: The client has gone.
+        ClientDisconnect: The client has disconnected.
     """
     data = await _data(request, settings.max_body_bytes)
     if len(data) > LARGE_BYTES:

@@ -1,7 +1,7 @@
-"""``/v1/chat/completions``: messages in, a message out.
+"""``/v1/chat/completions``: answers a list of messages with a message.
 
-A piece of an answer goes through three steps: the engine's ``Delta``, the ``Part`` that a parser
-makes of its text (``parts``), and the JSON of a chunk or of the whole message (``ChatShape``).
+A piece of an answer has three forms in turn: the engine's ``Delta``, the ``Part`` that a parser
+makes from its text (``parts``), and the JSON of a chunk or of the whole message (``ChatShape``).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class ChatShape(ChunkShape):
 
     Args:
         served: The model.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         parser: Makes the parser of each answer.
         named: The request names the tool that an answer calls.
-        details: Streamed text that was drafted has chunks of its own, which say so.
+        details: In a stream, drafted text has chunks of its own, which are marked.
     """
 
     def __init__(
@@ -156,11 +156,11 @@ _DELTAS: dict[type, Callable[[Any], str]] = {
         f'"tool_calls":[{{"index":{part.index},"function":{{"arguments":{as_string(part.text)}}}}}]'
     ),
 }
-"""The fields of a chunk's delta that a part becomes."""
+"""The fields of a chunk's delta, by the type of part."""
 
 
 def _divided(delta: Delta) -> tuple[Delta, Delta]:
-    """Divides a piece into what was drafted and the rest."""
+    """Divides a piece into its drafted part and the rest."""
     n, n_chars = delta.n_accepted, delta.n_accepted_chars
     logprobs = delta.logprobs
     accepted = Delta(
@@ -196,7 +196,7 @@ class _Choice:
         return parts
 
     def finish(self, generation: Generation) -> FinishReason:
-        """Returns why the answer ended, in the API's words."""
+        """Returns why the answer ended, by the API's names."""
         if generation.finish_reason == "length":
             return "length"
         return "tool_calls" if self._calls and not self._named else "stop"
@@ -217,7 +217,7 @@ class _Choice:
 
 
 class _Message:
-    """A whole message, collected of parts."""
+    """A whole message, collected from parts."""
 
     def __init__(self) -> None:
         self._content: list[str] = []

@@ -1,4 +1,4 @@
-"""``/v1/completions``: a prompt, or several, and what follows them."""
+"""``/v1/completions``: continues a prompt, or several."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def completions(request: Request) -> Response:
 
 
 def _check(asked: CompletionBody, max_choices: int) -> None:
-    """Refuses what no model here can do.
+    """Refuses combinations of fields that are not supported.
 
     Raises:
         ApiError: The field at fault.
@@ -94,7 +94,7 @@ def _encoded(asked: CompletionBody, model: Model) -> list[list[int]]:
 async def _scored(
     request: Request, served: Served, ids: list[int], n_alternatives: int
 ) -> list[ScoredToken]:
-    """Scores a prompt: the log-probability of each token after the first, and alternatives."""
+    """Scores a prompt: log-probabilities of its tokens after the first, and alternatives."""
     if len(ids) < 2:
         return scored_prompt(ids, None, 0)
     ticket: Ticket = served.service.score(ids, n_top=n_alternatives if n_alternatives > 1 else 0)
@@ -143,9 +143,9 @@ class CompletionShape(ChunkShape):
     Args:
         served: The model.
         asked: The request.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         prompts: The prompts.
-        scored: The log-probabilities of each prompt, where they are wanted; else empty.
+        scored: The log-probabilities of each prompt, if they are wanted; else empty.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class CompletionShape(ChunkShape):
 
 
 class _Choice:
-    """One answer of a request, behind its prompt."""
+    """One answer of a request."""
 
     def __init__(
         self,
@@ -251,7 +251,7 @@ class _Choice:
             self.echoed_logprobs = self._lists.of_prompt(ids, scored)
 
     def logprobs(self, piece: Delta | Generation) -> dict[str, Any] | None:
-        """Returns the lists of the tokens of a piece; None for none."""
+        """Returns the ``logprobs`` lists of a piece's tokens; None if they are not wanted."""
         if self._lists is None or not piece.logprobs:
             return None
         return self._lists.of_answer(piece.logprobs)

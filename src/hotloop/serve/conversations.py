@@ -1,7 +1,6 @@
-"""``Conversations``: prompts for a model's chat template, and what reads the model's answers.
+"""``Conversations``: makes prompts with a model's chat template, and parsers for its answers.
 
-What a request says of tools, of the form of the answer and of messages comes together here, for all
-routes that take a conversation.
+It combines a request's messages, tools and answer format, for all routes that take a conversation.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ class Turn:
 
 
 class Conversations:
-    """How conversations with a model are written, and its answers are read.
+    """Formats conversations with a model, and parses its answers.
 
     Args:
-        tokenizer: The model's.
-        tool_parser_name: The parser of its calls; ``auto`` finds it out.
+        tokenizer: The model's tokenizer.
+        tool_parser_name: The parser of its calls; ``auto`` detects it.
         variables: Variables of its chat template.
 
     Raises:
@@ -63,13 +62,13 @@ class Conversations:
         self._reasoning = reasoning_markers(tokenizer)
 
     def prepare(self) -> None:
-        """Starts the process of the chat template, for which the first answer would wait."""
+        """Starts the process of the chat template, so that the first answer does not wait."""
         with suppress(HotloopError):  # there is none, or it refuses a greeting
             greeting = {"role": "user", "content": "Hello"}
             self._tokenizer.chat_prompt([greeting], **self._variables)
 
     def prompt(self, asked: Conversation, use: ToolUse) -> ChatPrompt:
-        """Writes a conversation into a prompt.
+        """Formats a conversation as a prompt.
 
         Args:
             asked: The conversation.
@@ -96,7 +95,7 @@ class Conversations:
         )
 
     def turn(self, asked: Conversation, use: ToolUse, params: SamplingParams) -> Turn:
-        """Writes a conversation into a prompt, and makes what the answer needs.
+        """Formats a conversation as a prompt, and makes the parser and options of the answer.
 
         Args:
             asked: The conversation.

@@ -1,4 +1,4 @@
-"""Errors in the shape of OpenAI's API, and which status hotloop's own errors have."""
+"""Errors in the form of OpenAI's API, and the HTTP status of hotloop's own errors."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hotloop.errors import (
 RETRY_AFTER_S = 1
 
 GONE = 499
-"""The status of who does not wait for the answer, as nginx has it. Nobody sees it."""
+"""The status for a client that has disconnected, as in nginx. Only the log shows it."""
 
 
 class ApiError(Exception):
-    """An error that a client is told.
+    """An error response.
 
     Args:
         status: The HTTP status.
-        message: What is wrong, and the fix.
-        type: The kind of error, in OpenAI's words.
+        message: The problem, and the fix.
+        type: The kind of error, by OpenAI's names.
         param: The field of the request at fault.
-        code: A word for programs.
+        code: A machine-readable name.
         headers: Headers of the response.
     """
 
@@ -61,12 +61,12 @@ class ApiError(Exception):
         return {"error": fields}
 
     def response(self) -> Response:
-        """Returns the response that tells the error."""
+        """Returns the HTTP response."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Returns what a client is told of an error."""
+    """Returns the error response for an exception."""
     match error:
         case ApiError():
             return error
@@ -110,7 +110,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def unavailable(message: str) -> ApiError:
-    """Returns the error of a server that takes no requests now."""
+    """Returns the error of a server that currently takes no requests."""
     return ApiError(
         503,
         message,

@@ -1,4 +1,4 @@
-"""``Gate``: who may ask. It refuses requests before any route sees them.
+"""``Gate``: access control. It refuses requests before any route sees them.
 
 A plain ASGI application around another: Starlette's ``BaseHTTPMiddleware`` would pass every chunk
 of a stream through queues.
@@ -24,14 +24,14 @@ SALT = "hotloop.salt"
 """The name, in a request's scope, of the salt of its prefixes."""
 
 KEY_HEADERS = ("api-key", "x-api-key")
-"""Headers that clients send a key in, besides ``Authorization``."""
+"""Headers in which clients may send a key, besides ``Authorization``."""
 
 
 class Gate:
-    """Refuses requests that are too large in their headers, for other hosts, or without a key.
+    """Refuses requests with too large headers, for other hosts, or without a key.
 
-    A server that listens on a loopback address alone is asked by that name: a page of another site
-    whose name was made to mean this address (DNS rebinding) is refused.
+    A server that listens only on a loopback address accepts only names of the loopback as host:
+    that refuses a page of another site whose name resolves to this address (DNS rebinding).
 
     Args:
         app: The application.

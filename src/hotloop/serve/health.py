@@ -1,4 +1,4 @@
-"""``/health`` and ``/ready``, whether the server takes requests; ``/metrics``, for Prometheus."""
+"""``/health`` and ``/ready``: whether the server takes requests; ``/metrics``: for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hotloop.serve.served import Served
 
 
 async def health(request: Request) -> Response:
-    """Tells by the status whether requests are answered: 200, or 503 with the reason."""
+    """Answers 200 if the server takes requests, or 503 with the reason."""
     served: Served = request.app.state.served
     status = served.status
     body: dict[str, str] = {"status": status}

@@ -1,7 +1,7 @@
 """``JsonScanner``: finds the end of a JSON value in text that arrives in pieces.
 
-It follows the grammar and keeps nothing of the value but its open brackets, so that arguments of
-calls can be passed on while they arrive. What a value means is ``json.loads``'s business.
+It follows the grammar and stores only the open brackets, so that arguments of calls can be passed
+on while they arrive. It does not parse the value; ``json.loads`` does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class JsonScanner:
     def push(self, text: str) -> int:
         """Takes more text; returns how many of its characters belong to the value.
 
-        The others are not looked at: they follow the value, or the first of them breaks it.
+        The remaining characters are not read: they follow the value, or the first of them makes it
+        invalid.
         """
         at = 0
         while at < len(text) and self.state == "open":
@@ -107,7 +108,7 @@ class JsonScanner:
         return match.end()
 
     def _structure(self, character: str) -> bool:
-        """Takes a character outside strings and words; False if it cannot be there."""
+        """Takes a character outside strings and words; returns False if it is not allowed there."""
         expected = self._expected
         if character == '"' and expected not in (":", ", or end"):
             self._is_key = expected in ("key", "key or }")

@@ -1,7 +1,7 @@
-"""``HttpServer``: the server's thread, from the open port to the last answer.
+"""``HttpServer``: runs the server's thread, from opening the port to the last answer.
 
-The event loop runs in a thread of its own, so that the main thread can load the model, with its
-Ctrl-C, while clients are already told to wait.
+The event loop runs in a thread of its own. So the main thread can load the model, and handle
+Ctrl-C, while clients already get answers that ask them to wait.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hotloop.serve.served import Served
 from hotloop.serve.settings import ServerSettings
 
 LOOK_S = 0.1
-"""Seconds between two looks at what has happened meanwhile."""
+"""Polling interval, in seconds."""
 
 LAST_WORDS_S = 2.0
-"""Seconds that clients have to read why their streams end, when the time to drain is over."""
+"""Seconds that clients have to read the error event of their streams, after the time to drain."""
 
 
 class HttpServer:
@@ -40,15 +40,17 @@ class HttpServer:
 
     Args:
         settings: The server's settings.
-        access_log: Is given a line about each request, in the server's thread; None logs nothing.
+        access_log: Called with a line about each request, in the server's thread; None logs
+            nothing.
 
     Raises:
-        ConfigError: The address cannot be listened on.
-        UnsupportedError: The system allows no event loop; raised as the ``with`` block begins.
+        ConfigError: The server cannot listen on the address.
+        UnsupportedError: The system allows no event loop; raised at the beginning of the ``with``
+            block.
 
     Attributes:
         served: The model.
-        port: The port that it listens on.
+        port: Its port.
     """
 
     def __init__(
@@ -82,18 +84,18 @@ class HttpServer:
 
     @property
     def url(self) -> str:
-        """Where this machine reaches it."""
+        """The server's URL on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def is_open_to_all(self) -> bool:
-        """Whether other machines can use it without a key."""
+        """Whether other machines can use the server without a key."""
         return not (self._settings.keys or is_loopback(self._settings.host))
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Its event loop, for the ``Service`` that it will serve."""
+        """The event loop, for the ``Service`` that it will serve."""
         assert self._loop is not None, "the server has been started"
         return self._loop
 
@@ -102,20 +104,20 @@ class HttpServer:
         self.served.attach(service)
 
     def stop(self) -> None:
-        """Ends ``wait``, and if called again, also the time to drain. Safe in a signal handler."""
+        """Ends ``wait``; a second call also ends the time to drain. Safe in a signal handler."""
         if self._told_to_stop.is_set():
             self._told_to_hurry.set()
         self._told_to_stop.set()
 
     def wait(self) -> bool:
-        """Waits until ``stop`` is called; False if the engine or the server has failed before."""
+        """Waits until ``stop`` is called; returns False if engine or server failed before."""
         while not self._told_to_stop.wait(LOOK_S):
             if self.served.error is not None or not self._thread.is_alive():
                 return False
         return True
 
     def close(self) -> None:
-        """Takes no more requests, lets those that run end within the time to drain, and ends.
+        """Refuses new requests, waits for running ones up to the time to drain, and ends.
 
         Streams that have not ended by then get an error event.
         """
@@ -154,7 +156,7 @@ class HttpServer:
         # Its wake-ups take half the time of those of asyncio's own event loop.
         try:
             loop = uvloop.new_event_loop()
-        except OSError as error:  # of which the system allows no more open files, for one
+        except OSError as error:  # for one, if the system allows no more open files
             self._failure = error
             self._running.set()
             return

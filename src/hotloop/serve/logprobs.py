@@ -1,4 +1,4 @@
-"""Log-probabilities in the API's two shapes: ``content`` of chats, four lists of completions."""
+"""Log-probabilities in the API's two forms: ``content`` for chats, four lists for completions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hotloop.types import Score, TokenLogprob
 Lists = dict[str, list[Any]]
 
 LEAST = -9999.0
-"""In place of minus infinity, which JSON does not have; OpenAI's API has it, too."""
+"""Replaces minus infinity, which JSON does not have, as in OpenAI's API."""
 
 
 def finite(logprob: float) -> float:
-    """Returns a log-probability as JSON can hold it."""
+    """Returns a log-probability as a finite number."""
     return max(logprob, LEAST)
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    r"""Returns the text of a token; of a part of a character its bytes, as ``bytes:\xe2\x82``."""
+    r"""Returns the text of a token; for a part of a character its bytes, as ``bytes:\xe2\x82``."""
     data = _bytes(tokenizer, token_id)
     try:
         return data.decode()
@@ -61,8 +61,8 @@ def scored_prompt(ids: Sequence[int], score: Score | None, n: int) -> list[Score
 
     Args:
         ids: The prompt.
-        score: Its score, with ``n`` most likely tokens if that is above 1; None for a prompt of one
-            token.
+        score: Its score, with ``n`` most likely tokens if ``n`` is above 1; None for a prompt of
+            one token.
         n: Alternatives of each token.
     """
     scored: list[ScoredToken] = [(ids[0], None, ())]
@@ -81,12 +81,12 @@ def scored_prompt(ids: Sequence[int], score: Score | None, n: int) -> list[Score
 
 
 class CompletionLogprobs:
-    """Makes the ``logprobs`` of a completion's choice: of its prompt, then of its answer's pieces.
+    """Makes the ``logprobs`` of a completion's choice, for its prompt and its answer's pieces.
 
     ``text_offset`` counts the characters before a token from the prompt's beginning.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -124,7 +124,7 @@ class CompletionLogprobs:
     def _tops(
         self, text: str, logprob: float, top: Iterable[tuple[int, float]]
     ) -> dict[str, float]:
-        """Returns alternatives by their text; of those with the same text the most likely."""
+        """Returns alternatives by their text; for equal texts, the most likely one."""
         tops: dict[str, float] = {}
         for token_id, its in top:
             name = token_text(self._tokenizer, token_id)

@@ -1,8 +1,8 @@
-"""Messages of the API, as chat templates take them.
+"""Converts messages of the API to the form that chat templates take.
 
 Templates expect less variety than clients send: content is one text, a call's arguments are an
-object, an absent field is not null, and the only roles are system, user, assistant and tool. Where
-a model's template knows no tools, their definitions, calls and results are written as text.
+object, an absent field is not null, and the only roles are system, user, assistant and tool. If a
+model's template does not support tools, their definitions, calls and results are written as text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hotloop.serve.tools import ToolParser
 Message = dict[str, Any]
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_ROLES = {"developer": "system", "function": "tool"}  # by other names
+_ROLES = {"developer": "system", "function": "tool"}  # other names of roles
 
 
 def template_messages(
@@ -29,16 +29,16 @@ def template_messages(
     tools: Sequence[Tool],
     as_text: bool,
 ) -> list[Message]:
-    """Returns a conversation as a chat template takes it.
+    """Returns a conversation in the form that a chat template takes.
 
     Args:
         messages: The messages of a request.
         parser: The parser of the model's calls.
-        tools: The tools that the model is told of.
-        as_text: The template knows no tools: write definitions, calls and results as text.
+        tools: The tools that the prompt defines.
+        as_text: The template does not support tools: write definitions, calls and results as text.
 
     Raises:
-        ApiError: A message is not valid, or holds what the model cannot read.
+        ApiError: A message is not valid, or has content that the model cannot read.
     """
     if not messages:
         raise ApiError(400, "messages: there must be at least one.", param="messages")
@@ -69,7 +69,7 @@ def _message(place: str, message: Mapping[str, Any], parser: type[ToolParser]) -
 
 
 def content_text(place: str, content: object) -> str:
-    """Returns the text of a message's content: of all of its parts.
+    """Returns the text of a message's content, from all of its parts.
 
     Args:
         place: The place in the request, for errors.
@@ -123,7 +123,7 @@ def _call(place: str, call: Any, parser: type[ToolParser]) -> Message:
 
 
 def _parsed(arguments: str) -> Any:
-    """Returns arguments as an object; as they are if they are none, as a call that was cut off."""
+    """Returns arguments as an object; unchanged if they are not JSON, as in a cut-off call."""
     try:
         value = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):

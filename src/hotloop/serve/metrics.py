@@ -1,7 +1,7 @@
-"""``Metrics``: what Prometheus is told.
+"""``Metrics``: the metrics for Prometheus.
 
-Names end as vLLM's do, and have the same label, so that dashboards made for vLLM need only another
-prefix. Buckets begin at a quarter of a millisecond: here a token takes less than vLLM's first
+Names have the endings and the label of vLLM's, so that dashboards made for vLLM need only another
+prefix. Buckets begin at a quarter of a millisecond, since a token can take less than vLLM's first
 bucket.
 """
 
@@ -33,17 +33,17 @@ TOKEN_BUCKETS = (
     *(0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01),
     *(0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
 )
-"""Seconds: of times to the first token, and between tokens."""
+"""Buckets in seconds for times to the first token and between tokens."""
 
 REQUEST_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0),
     *(100.0, 250.0, 500.0, 1000.0),
 )
-"""Seconds: of whole requests and their parts."""
+"""Buckets in seconds for whole requests and their parts."""
 
 
 class Metrics:
-    """Counts of one server.
+    """The metrics of one server.
 
     Args:
         model: The model's name in the API: the value of the label ``model_name``.
@@ -83,7 +83,7 @@ class Metrics:
         self._decode = self._histogram("request_decode_time", "First token to last token.")
 
     def watch(self, service: Service) -> None:
-        """Tells the state of an engine from now on."""
+        """Reports the state of an engine from now on."""
         self._registry.register(_State(service, self._model))
 
     def prompt(self, n_tokens: int) -> None:
@@ -95,7 +95,7 @@ class Metrics:
         self._errors.labels(self._model, str(status)).inc()
 
     def answer(self, generation: Generation) -> None:
-        """Counts an answer that has ended by itself."""
+        """Counts an answer that was not cancelled."""
         timing = generation.timing
         self._finished.labels(self._model, _REASONS[generation.finish_reason]).inc()
         self._looked_up.inc(len(generation.prompt_ids))
@@ -181,7 +181,7 @@ class Pieces(Collector):
 
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "abort"}
-"""Why an answer ended, in the words of vLLM's label."""
+"""The reasons why an answer ended, by vLLM's label."""
 
 
 class Tally:
@@ -218,7 +218,7 @@ class Tally:
 
 
 class _State(Collector):
-    """Asks an engine for its state whenever Prometheus asks the server."""
+    """Reads the state of an engine whenever Prometheus asks the server."""
 
     def __init__(self, service: Service, model: str) -> None:
         self._service, self._model = service, model

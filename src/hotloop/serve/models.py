@@ -16,7 +16,7 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    """Describes the model of a name."""
+    """Describes the model with this name."""
     served: Served = request.app.state.served
     served.check_name(request.path_params["name"])
     return JSONResponse(_model(served))

@@ -1,8 +1,8 @@
-"""Parts of an answer: what a parser makes of a model's text, and what ``chat`` makes JSON of.
+"""Parts of an answer, which a parser makes from a model's text, and ``chat`` converts to JSON.
 
-A ``Parser`` stands between the text of the engine's pieces and the messages of the API: it tells
-content from reasoning and from calls of tools. It is given text divided anywhere, and withholds
-what is not certain yet.
+A ``Parser`` converts the text of the engine's pieces to parts of the API's messages: it separates
+content, reasoning and tool calls. The text may be divided anywhere, and the parser withholds text
+whose kind is not certain yet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of what the model says to itself."""
+    """More of the model's reasoning."""
 
     text: str
 

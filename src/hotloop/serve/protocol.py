@@ -1,8 +1,7 @@
 """``LimitedProtocol``: uvicorn's HTTP/1.1 over h11, with limits that uvicorn does not have.
 
-A client has a time to send its headers and one to send its body; there is a number of connections;
-and a client that does not read what it was sent is dropped. What it refuses it answers in the shape
-of the API.
+It limits the time of a client to send its headers and its body, and the number of connections, and
+drops a client that does not read its response. Refusals are answered in the form of the API.
 """
 
 from __future__ import annotations
@@ -91,9 +90,9 @@ class LimitedProtocol(H11Protocol):
 
     Args:
         settings: The limits.
-        config: As uvicorn's, and likewise the other arguments.
-        server_state: Uvicorn's.
-        app_state: Uvicorn's.
+        config: Uvicorn's configuration.
+        server_state: Uvicorn's state.
+        app_state: Uvicorn's state of the application.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class LimitedProtocol(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyrefly: ignore
-        """Takes a connection, or refuses it as one too many."""
+        """Takes a connection, or refuses it if there are too many."""
         is_one_too_many = len(self.connections) >= self._settings.max_connections
         super().connection_made(transport)
         self._wait_for("headers")
@@ -136,7 +135,7 @@ class LimitedProtocol(H11Protocol):
             self._wait_for("body" if state is h11.SEND_BODY else None)
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP request, with the status that h11 suggests."""
+        """Answers bytes that are not an HTTP request, with the status that h11 suggests."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         self._refuse(ApiError(status, f"{msg.rstrip('.')}: {error}."))
@@ -149,7 +148,7 @@ class LimitedProtocol(H11Protocol):
             super().timeout_keep_alive_handler()
 
     def _wait_for(self, part: Literal["headers", "body"] | None) -> None:
-        """Limits the time of a part of a request, from now on; None: it is complete."""
+        """Limits the time of a part of a request, from now on; None ends the limit."""
         if part == self._waiting_for:
             return
         self._waiting_for = part
@@ -193,7 +192,7 @@ class LimitedProtocol(H11Protocol):
         self.transport.close()
 
     def abort(self) -> None:
-        """Drops the connection, and what its client has not read."""
+        """Drops the connection, with data that its client has not read."""
         self.transport.abort()
 
     def direct_body(self) -> DirectBody | None:

@@ -1,8 +1,8 @@
-"""Reasoning in a model's text: what it writes between ``<think>`` and ``</think>``.
+"""Reasoning in a model's text: the text between ``<think>`` and ``</think>``.
 
-Reasoning begins an answer or does not come at all: markers further on are content. Some templates
-write the first marker themselves, so that the answer begins within it. Whitespace around the
-reasoning is dropped, as templates drop it when they put it back.
+Reasoning is at the beginning of an answer or absent: later markers are content. Some templates
+write the first marker themselves, so that the answer begins within the reasoning. Whitespace around
+the reasoning is dropped, as templates drop it when they put it back.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Markers:
 
 
 MARKERS = (Markers("<think>", "</think>"), Markers("[THINK]", "[/THINK]"))
-"""The markers of Qwen, DeepSeek and others, and those of Mistral."""
+"""The markers of Qwen, DeepSeek and others, and the markers of Mistral."""
 
 _TAIL_TOKENS = 64
-"""Tokens of a prompt's end that hold the marker that a template writes there."""
+"""The number of tokens at the end of a prompt in which a template's marker is searched."""
 
 
 def reasoning_markers(tokenizer: Tokenizer) -> Markers | None:
-    """Returns the markers that a model's vocabulary or template has; None: it does not reason."""
+    """Returns the markers in a model's vocabulary or template; None if it does not reason."""
     vocabulary, template = tokenizer.backend.added_ids, tokenizer.chat_template or ""
     for markers in MARKERS:
         if markers.end in vocabulary or markers.end in template or markers.begin in template:
@@ -47,9 +47,9 @@ def is_within_reasoning(
     """Tells whether the answer to a prompt begins within reasoning.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         prompt_ids: The prompt; its template may end with the first marker.
-        markers: The model's.
+        markers: The model's markers.
         continued: The message that the answer continues.
     """
     if continued.lstrip().startswith(markers.begin) and markers.end not in continued:
@@ -59,11 +59,11 @@ def is_within_reasoning(
 
 
 class ReasoningParser:
-    """Divides the text of an answer into reasoning, and what another parser makes of the rest.
+    """Separates reasoning from an answer's text; another parser parses the rest.
 
     Args:
         markers: The markers.
-        rest: The parser of what follows the reasoning.
+        rest: The parser of the text after the reasoning.
         within: The answer begins within reasoning.
     """
 
@@ -115,7 +115,7 @@ class ReasoningParser:
             self._stage = "reasoning" if self._within else "rest"
 
     def _reasoning(self) -> Sequence[Part]:
-        """Takes reasoning from what is held."""
+        """Takes reasoning from the withheld text."""
         if not self._begun:
             self._held = self._held.lstrip(SPACE)
         at = self._held.find(self._end)

@@ -1,7 +1,7 @@
-"""``/v1/responses``: items in, items out; nothing is stored.
+"""``/v1/responses``: answers items with items; nothing is stored.
 
-An answer is made of items: reasoning, messages and calls. A stream tells of each that it begins,
-what it holds, and that it is complete; a whole response is put together of the same parts.
+An answer consists of items: reasoning, messages and calls. A stream has events for the beginning,
+the content and the end of each item; a whole response is made from the same parts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ async def responses(request: Request) -> Response:
 
 
 def _check_stateless(asked: ResponsesBody) -> None:
-    """Refuses what needs a store of responses, or another number of answers than one.
+    """Refuses fields that need stored responses, or several answers.
 
     Raises:
         ApiError: The field at fault.
@@ -110,7 +110,7 @@ def messages_of(
         instructions: The field ``instructions``.
 
     Raises:
-        ApiError: An item is not valid, or of a kind that is not served.
+        ApiError: An item is not valid, or its kind is not supported.
     """
     if not items:
         raise ApiError(400, "input: there must be a text, or an item.", param="input")
@@ -161,7 +161,7 @@ def _add_item(messages: list[Message], place: str, item: Item) -> None:
 
 
 def _thoughts(place: str, parts: Any) -> str:
-    """Returns the text of a reasoning item: of all of its parts."""
+    """Returns the text of a reasoning item, from all of its parts."""
     match parts:
         case [*_] if all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
             return "\n".join(part["text"] for part in parts)
@@ -170,7 +170,7 @@ def _thoughts(place: str, parts: Any) -> str:
 
 
 def _answer(messages: list[Message], holds: str = "") -> Message:
-    """Returns the message of the assistant at the end, a new one if that holds a field already."""
+    """Returns the assistant's message at the end; appends one if that has the field already."""
     last = messages[-1] if messages else None
     if (
         last is None
@@ -195,7 +195,7 @@ class ResponsesShape:
     Args:
         about: The fields that are known before the answer.
         parser: The parser of the answer.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class ResponsesShape:
                 return self._begin(_call(call_id, name))
 
     def _more(self, kind: str, new: Callable[[], Item], text: str) -> list[str]:
-        """Adds text to the open item; begins a new one if that is of another kind."""
+        """Adds text to the open item; begins a new item if the kind differs."""
         events = [] if self._is_open(kind) else self._begin(new())
         self._text.append(text)
         logprobs = self._told_logprobs(kind)
@@ -295,7 +295,7 @@ class ResponsesShape:
         return told
 
     def _begin(self, item: Item) -> list[str]:
-        """Begins an item; ends the one before."""
+        """Begins an item, and ends the previous one."""
         events = self._end_item("completed") if self._delta else []
         index = len(self._items)
         self._items.append(item)
@@ -375,7 +375,7 @@ _DELTA_EVENTS = {
     "reasoning": "response.reasoning_text.delta",
     "function_call": "response.function_call_arguments.delta",
 }
-"""The events that tell more of an item's text."""
+"""The events with more of an item's text."""
 
 
 def _message() -> Item:
@@ -415,7 +415,7 @@ def _new_id(kind: str) -> str:
 
 
 def _usage(usage: Mapping[str, Any], n_reasoning: int) -> dict[str, Any]:
-    """Returns the usage of a chat in the words of this API."""
+    """Returns the usage of a chat by the names of this API."""
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {

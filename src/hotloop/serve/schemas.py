@@ -1,7 +1,7 @@
 """Bodies of requests, as clients send them. Fields that are not here are ignored.
 
-A null is an absent field: ``bodies.read`` removes them. The ranges of options of sampling are those
-of ``SamplingParams``.
+A null means an absent field: ``bodies.read`` removes nulls. The ranges of sampling options are
+those of ``SamplingParams``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _listed(value: Any) -> Any:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """Lists the prompts of a field that may hold one or several, each text or token ids."""
+    """Lists the prompts of a field, which is one prompt or several, each text or token ids."""
 
     def is_ids(prompt: Any) -> bool:
         return isinstance(prompt, list) and set(map(type, prompt)) <= {int}
@@ -57,7 +57,7 @@ class Extension(Body):
     """Fields of hotloop's own.
 
     Attributes:
-        details: Tell in a chat's stream which text was drafted.
+        details: Mark in a chat's stream which text was drafted.
         speculate: See ``SamplingParams``.
     """
 
@@ -69,10 +69,10 @@ _NO_EXTENSION, _NO_STREAM_OPTIONS = Extension(), StreamOptions()
 
 
 class SamplingBody(Body):
-    """Options of sampling, of every route that generates.
+    """Sampling options, for every route that generates.
 
-    Of a default that is a model, pydantic would make a deep copy for each request: a factory
-    returns the same one.
+    For a default that is a model, pydantic would make a deep copy per request; a factory returns
+    the same object.
     """
 
     model: str | None = None
@@ -102,7 +102,7 @@ class SamplingBody(Body):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of an answer, beyond the context if need be; None takes the default."""
+        """The most tokens of an answer, which may exceed the context; None takes the default."""
         return self.max_tokens
 
     @property
@@ -115,7 +115,7 @@ class SamplingBody(Body):
         """The grammar of the content of an answer; None for any content.
 
         Raises:
-            ApiError: There are several, or one is not served.
+            ApiError: There are several grammars, or one is not supported.
             RequestError: A source is too large.
         """
         guided = {kind: getattr(self, f"guided_{kind}") for kind in _GUIDED}
@@ -137,7 +137,7 @@ class SamplingBody(Body):
         return format_grammar("response_format", self.response_format)
 
     def params(self, defaults: SamplingParams, settings: ServerSettings) -> SamplingParams:
-        """Returns the model's ``defaults``, changed by what the client gave.
+        """Returns the model's ``defaults``, with the client's options.
 
         Raises:
             ApiError: There are too many stop strings, or one is empty.
@@ -174,12 +174,12 @@ class SamplingBody(Body):
 
 
 _MOST_KEPT = 1024
-"""The most characters of stop strings of options that are kept: a body has room for millions."""
+"""The most characters of stop strings in options that are cached; a body can have millions."""
 
 
 @functools.lru_cache(64)
 def _changed(defaults: SamplingParams, fields: tuple[tuple[str, Any], ...]) -> SamplingParams:
-    """Changes fields of sampling options. Most requests of a client have the same ones."""
+    """Changes fields of sampling options; cached, since most requests have the same options."""
     return replace(defaults, **dict(fields))
 
 
@@ -200,7 +200,7 @@ class CompletionBody(SamplingBody):
 
 
 class Conversation(Body):
-    """Messages, and how the chat template makes a prompt of them."""
+    """Messages, and options of the chat template."""
 
     messages: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
@@ -275,7 +275,7 @@ class ResponsesBody(SamplingBody):
 
 
 def _or_all_the_context(limit: int | None) -> int:
-    """Returns a limit that the context ends before, as OpenAI's and vLLM's, if there is none."""
+    """Returns a limit beyond the context if there is none, as OpenAI and vLLM do."""
     return MAX_COUNT if limit is None else limit
 
 
@@ -296,4 +296,4 @@ class DetokenizeBody(Body):
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-"""The end of an answer, in the API's words."""
+"""The end of an answer, by the API's names."""

@@ -1,6 +1,6 @@
-"""``Served``: the one model of a server, from its loading to its end.
+"""``Served``: the model of a server, from loading to its end.
 
-The only part of the engine that the server knows is ``engine.service``.
+The server uses only one part of the engine: ``engine.service``.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ STALLED_S = 30.0
 """The longest iteration of a healthy engine."""
 
 API_TEMPERATURE = 1.0
-"""The temperature of requests that give none, of OpenAI's API, where the model's makers suggest
-none either."""
+"""The default temperature of requests, as in OpenAI's API, if the model's generation config has
+none."""
 
 Status = Literal["loading", "ready", "draining", "stalled", "failed"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model, once its engine is there.
+    """A loaded model.
 
     Attributes:
         service: Its engine.
         tokenizer: Its tokenizer; None for random weights.
         about: Its engine's description.
-        sampling: The sampling of requests that give none.
-        conversations: How conversations with it are written and read; None without a tokenizer.
+        sampling: The default sampling options of requests.
+        conversations: Formats conversations with it, and parses its answers; None without a
+            tokenizer.
     """
 
     service: Service
@@ -59,7 +60,7 @@ class Model:
 
     @property
     def chats(self) -> Conversations:
-        """How conversations are written and read.
+        """The ``Conversations`` of the model.
 
         Raises:
             ApiError: There is no tokenizer.
@@ -78,8 +79,8 @@ class Served:
     Attributes:
         settings: The server's settings.
         created: When the server started, in seconds since 1970.
-        metrics: Counts of its requests.
-        draining: The server is about to end, and takes no more requests.
+        metrics: The metrics of its requests.
+        draining: The server is ending, and takes no more requests.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -123,12 +124,12 @@ class Served:
 
     @property
     def service(self) -> Service:
-        """The engine of requests that were submitted, also while the server ends."""
+        """The service of submitted requests, also while the server ends."""
         assert self._model is not None, "a request was submitted"
         return self._model.service
 
     def end(self) -> None:
-        """Ends the engine's service: whoever waits for an answer is told so."""
+        """Ends the engine's service: clients that wait for an answer get an error."""
         if self._model is not None:
             self._model.service.close()
 
@@ -139,7 +140,7 @@ class Served:
 
     @property
     def status(self) -> Status:
-        """Whether the model can be asked, and if not, why."""
+        """Whether the model takes requests, and if not, why."""
         if self._model is None:
             return "loading"
         state = self._model.service.state()

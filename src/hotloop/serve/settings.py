@@ -1,4 +1,4 @@
-"""``ServerSettings``: what a server is told, and its limits. Free of the web framework."""
+"""``ServerSettings``: the settings of a server, and its limits; without the web framework."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class ServerSettings:
         host: The address to listen on.
         port: The port; 0 takes a free one.
         name: The model's name in the API.
-        keys: The API keys, one of which a request must have; none: every request is served.
-        cors_origins: Origins whose pages may ask; ``*``: all.
-        allowed_hosts: Names of this server besides its own; none: if it listens on a loopback
-            address those of the loopback, else any.
-        drain_s: Seconds that requests have to end, once the server is told to.
+        keys: The API keys, one of which a request must have; empty serves every request.
+        cors_origins: Origins whose pages may send requests; ``*`` allows all.
+        allowed_hosts: Host names that are accepted besides the server's own. If empty, a server on
+            a loopback address accepts names of the loopback, and others accept any.
+        drain_s: Seconds that running requests have to finish, once the server is stopped.
         template: A chat template instead of the model's own.
-        template_variables: Variables of the chat template; a request can give others.
+        template_variables: Variables of the chat template; a request can override them.
         max_connections: The most connections at once.
         max_headers: The most headers of a request.
-        max_header_bytes: The longest headers of a request, all together.
-        tool_parser: The parser of calls of tools, see ``tools.PARSERS``; ``auto`` finds it out.
-        max_body_bytes: The longest body of a request.
+        max_header_bytes: The most bytes of all headers of a request.
+        tool_parser: The parser of tool calls, see ``tools.PARSERS``; ``auto`` detects it.
+        max_body_bytes: The most bytes of the body of a request.
         headers_s: Seconds that a client has to send its headers.
         body_s: Seconds that it has to send its body.
         keep_alive_s: Seconds that a connection may be idle.

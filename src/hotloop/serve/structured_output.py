@@ -1,8 +1,8 @@
-"""Reads the form that a request asks of an answer's content, as a grammar.
+"""Reads the answer format of a request, as a grammar.
 
-``response_format`` is OpenAI's field, ``text.format`` that of its other API, and
-``structured_outputs`` is vLLM's, whose older fields begin with ``guided_``. What is said is
-enforced or refused, never ignored.
+``response_format`` is OpenAI's field, ``text.format`` the field of its other API, and
+``structured_outputs`` is vLLM's, whose older fields begin with ``guided_``. A format is enforced or
+refused, never ignored.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from hotloop.types import Grammar
 _KINDS = "text, json_object, json_schema, regex or lark"
 _OF_VLLM = ("json", "json_object", "regex", "grammar", "choice")
 _OPTIONS_OF_VLLM = ("disable_any_whitespace", "disable_fallback", "whitespace_pattern")
-"""Fields beside them that are ignored: they say nothing of the form but its whitespace."""
+"""Further fields, which are ignored: they affect only whitespace."""
 
 
 def format_grammar(place: str, given: Mapping[str, Any] | None) -> Grammar | None:
     """Returns the grammar of a ``response_format``, or of a ``text.format``.
 
-    Beyond OpenAI's types there are ``regex``, with the field ``regex``, and ``lark``, with
-    ``grammar``.
+    In addition to OpenAI's types there are ``regex``, with the field ``regex``, and ``lark``, with
+    the field ``grammar``.
 
     Args:
         place: The field.
         given: Its value; None if it is absent.
 
     Raises:
-        ApiError: It is of another type, or without its source.
+        ApiError: Its type is unknown, or its source is missing.
         RequestError: The source is too large.
     """
     match given:
@@ -63,7 +63,7 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
         given: The fields.
 
     Raises:
-        ApiError: There are several, or one has no grammar or is not served.
+        ApiError: There are several fields, or one has no grammar or is not supported.
         RequestError: The source is too large.
     """
     asked = {
@@ -98,7 +98,7 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
 
 
 def quoted(text: str) -> str:
-    """Writes a text in Lark, whose strings are those of JSON, but for one control character."""
+    """Writes a text as a string of Lark: a string of JSON, except for one control character."""
     return json.dumps(text).replace("\x7f", r"\u007f")
 
 

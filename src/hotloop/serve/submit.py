@@ -1,4 +1,4 @@
-"""From a request to a ticket: prompts are made off the event loop where that takes long."""
+"""Submits requests to the service; long work on prompts is done outside the event loop."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ async def submit(
         request: The request.
         model: The model.
         prompts: The prompts.
-        params: Sampling options. To compile a grammar takes long.
-        large: To check the prompts takes long, too: another thread does it.
+        params: Sampling options. A grammar is compiled in another thread, since that takes long.
+        large: Check the prompts in another thread, too, since that takes long.
 
     Raises:
         HotloopError: See ``Service.submit``.
@@ -75,7 +75,7 @@ def _check_tools(model: Model, forced: Sequence[Tool]) -> None:
     """Refuses the first tool whose parameters cannot be enforced.
 
     Raises:
-        ApiError: It says which, where an error of the grammar of all of them does not.
+        ApiError: The message names the tool, which an error of the combined grammar would not.
     """
     for tool in forced:
         try:

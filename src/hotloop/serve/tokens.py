@@ -1,6 +1,6 @@
-"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's shapes: clients that count.
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's form.
 
-lm-eval asks all three, in place of a tokenizer of its own.
+They are for clients that count tokens. lm-eval uses all three in place of a tokenizer of its own.
 """
 
 from __future__ import annotations

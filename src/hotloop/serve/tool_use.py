@@ -1,4 +1,4 @@
-"""Reads a request's tools: their definitions, and which of them the answer may call."""
+"""Reads a request's tools: their definitions, and the tools that the answer may call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tool:
 
     Attributes:
         name: Its name.
-        definition: Its definition, as chat templates take it.
+        definition: Its definition, in the form that chat templates take.
         parameters: The JSON schema of its arguments.
     """
 
@@ -35,11 +35,11 @@ class ToolUse:
     """The tools of a request.
 
     Attributes:
-        tools: Those that the model is told of.
-        choice: Whether an answer may (``auto``) or must (``required``) call tools, or calls the
-            one named ``name``.
-        name: That tool.
-        parallel: Whether an answer may have several calls; one that calls a named tool has one.
+        tools: The tools that the prompt defines.
+        choice: Whether an answer may (``auto``) or must (``required``) call tools, or must call the
+            tool ``name``.
+        name: The name of that tool.
+        parallel: Whether an answer may have several calls; with a named tool it has one.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -49,7 +49,7 @@ class ToolUse:
 
     @property
     def forced(self) -> tuple[Tool, ...]:
-        """The tools one of which the answer must call; none where it need not."""
+        """The tools of which the answer must call one; empty if it need not."""
         if self.choice == "auto":
             return ()
         return tuple(t for t in self.tools if self.choice == "required" or t.name == self.name)
@@ -60,12 +60,12 @@ def read_tool_use(
 ) -> ToolUse:
     """Reads the fields ``tools`` and ``tool_choice`` of a request.
 
-    Definitions and choices of both of OpenAI's APIs are taken: with an object ``function``, or
-    with its fields beside the type. With the choice ``none`` the model is not told of any tool.
+    It accepts definitions and choices of both of OpenAI's APIs: with an object ``function``, or
+    with its fields beside the type. With the choice ``none``, the prompt defines no tools.
 
     Args:
         tools: The definitions.
-        choice: The choice; None: ``auto``.
+        choice: The choice; None means ``auto``.
         parallel: Whether an answer may have several calls.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Calls of tools in a model's text: parsers of the formats that models write them in.
+"""Parsers of tool calls in a model's text, for the formats that models use.
 
-A parser is given text divided anywhere, and passes a call's arguments on while they arrive, as the
-model wrote them. What is no call of its format stays content. Once a call's name and the beginning
-of its arguments have come it is a call: arguments that are not JSON after all are the client's to
-refuse, as OpenAI's API has it.
+The text may be divided anywhere, and a parser passes a call's arguments on while they arrive, as
+the model wrote them. Text that is not a call of its format remains content. Once a call's name and
+the beginning of its arguments have arrived, it is a call: if the arguments turn out not to be JSON,
+the client must handle that, as with OpenAI's API.
 
 ==========  ===================================================  ===================
 parser      a call                                               models
@@ -39,27 +39,27 @@ _NOTHING = "{}"  # the arguments of a call without any
 
 
 class ToolParser:
-    """Divides the text of an answer into content and calls of tools.
+    """Divides the text of an answer into content and tool calls.
 
     Whitespace around calls is dropped.
 
     Args:
         names: The names of the tools.
-        parallel: Whether an answer may have several calls; if not, those after the first are
+        parallel: Whether an answer may have several calls; if not, calls after the first are
             dropped.
     """
 
     marker: ClassVar[str]
     """The text that begins a call."""
     closing: ClassVar[str] = ""
-    """The text that ends a call, if any does."""
+    """The text that ends a call, if the format has one."""
     control_tokens: ClassVar[tuple[str, ...]] = ()
-    """Spellings of what can be control tokens, which the answer's text must show."""
+    """Spellings of possible control tokens, which the answer's text must include."""
 
     def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
         self._names, self._parallel = names, parallel
         self._parts: list[Part] = []
-        self._held = ""  # text that the current state needs more of
+        self._held = ""  # text with which the current state needs more text
         self._space = ""  # whitespace that is dropped before a call
         self._raw = ""  # text of a call that has not been announced
         self._n_calls = 0
@@ -98,17 +98,17 @@ class ToolParser:
 
     @classmethod
     def is_of(cls, tokenizer: Tokenizer) -> bool:
-        """Whether a model's template or vocabulary has the signs of the format."""
+        """Whether a model's template or vocabulary shows that it uses the format."""
         return cls.marker in tokenizer.backend.added_ids or cls.marker in _template(tokenizer)
 
     @classmethod
     def written(cls, calls: Sequence[tuple[str, str]]) -> str:
-        """Writes calls, each a name and arguments in JSON, as a model of this format does."""
+        """Writes calls, each a name and arguments in JSON, in this format."""
         raise NotImplementedError
 
     @classmethod
     def template_id(cls, call_id: str) -> str:
-        """Returns a call's id as the templates of this format take it."""
+        """Returns a call's id in the form that templates of this format take."""
         return call_id
 
     # A state takes text and returns how many of its characters it has consumed. One that consumes
@@ -170,7 +170,7 @@ class ToolParser:
         self._state = self._in_object
 
     def _accepts(self, name: str) -> bool:
-        """Whether a name is that of a call. An unknown one is: the client can tell the model."""
+        """Whether a call's name is accepted. Unknown names are: the client can tell the model."""
         del name
         return True
 
@@ -180,7 +180,7 @@ class ToolParser:
         self._n_calls += 1
 
     def _refuse(self) -> None:
-        """Takes what should have been a call as content."""
+        """Turns the text of a failed call into content."""
         raw, self._raw = self._raw, ""
         self._add_content(raw)
         self._state = self._in_content
@@ -201,7 +201,7 @@ class ToolParser:
             self._add(CallArguments(self._n_calls - 1, text))
 
     def _add(self, part: Part) -> None:
-        """Adds a part, joined with the last one if that is of the same text."""
+        """Adds a part; joins it with the last part if both belong to the same text."""
         last = self._parts[-1] if self._parts else None
         match last, part:
             case Content(), Content():
@@ -239,9 +239,9 @@ class HermesParser(ToolParser):
 
 
 class Llama3Parser(ToolParser):
-    """Calls that are the whole answer, or follow ``<|python_tag|>``; several are divided by ``;``.
+    """Calls that are the whole answer, or follow ``<|python_tag|>``; ``;`` separates several.
 
-    The name must be that of a tool: any other JSON object is an answer.
+    The name must be that of a tool; any other JSON object is content.
     """
 
     marker = "<|python_tag|>"
@@ -284,7 +284,7 @@ class Llama3Parser(ToolParser):
 
 
 class MistralParser(ToolParser):
-    """Calls after ``[TOOL_CALLS]``: in a list, or each after a marker, its name before a brace."""
+    """Calls after ``[TOOL_CALLS]``: a list, or a marker, name and object for each call."""
 
     marker = "[TOOL_CALLS]"
     control_tokens = (marker, "[ARGS]", "[CALL_ID]")
@@ -363,16 +363,16 @@ PARSERS: dict[str, type[ToolParser]] = {
     "llama3": Llama3Parser,
     "mistral": MistralParser,
 }
-"""The parsers by name; the first whose signs a model has is its own."""
+"""The parsers by name; ``auto`` takes the first whose format a model uses."""
 
 
 def tool_parser(name: str, tokenizer: Tokenizer) -> type[ToolParser]:
     """Returns the parser of a model's calls.
 
     Args:
-        name: Its name; ``auto`` goes by the model's template and vocabulary, and is ``hermes``
-            where the template knows no tools, or none of these formats.
-        tokenizer: The model's.
+        name: Its name; ``auto`` decides by the model's template and vocabulary, and is ``hermes``
+            if the template does not support tools, or uses none of these formats.
+        tokenizer: The model's tokenizer.
 
     Raises:
         UnknownNameError: There is no parser of that name.
@@ -386,7 +386,7 @@ def tool_parser(name: str, tokenizer: Tokenizer) -> type[ToolParser]:
 
 
 def check_name(name: str) -> None:
-    """Refuses the name of a parser that there is not.
+    """Refuses an unknown name of a parser.
 
     Raises:
         UnknownNameError: There is no parser of that name.
@@ -401,7 +401,7 @@ def takes_tools(tokenizer: Tokenizer) -> bool:
 
 
 def takes_several_calls(tokenizer: Tokenizer) -> bool:
-    """Whether a model's chat template takes answers with several calls; Llama 3.1's refuse them."""
+    """Whether a model's chat template supports answers with several calls; Llama 3.1's do not."""
     return "single tool-call" not in _template(tokenizer)
 
 
@@ -460,7 +460,7 @@ class _CallObject:
         return at
 
     def take_arguments(self) -> str:
-        """Returns the arguments that have come since the last time."""
+        """Returns the arguments that have arrived since the last call."""
         arguments, self._arguments = self._arguments, ""
         return arguments
 

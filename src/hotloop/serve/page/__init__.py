@@ -1,9 +1,9 @@
-"""The chat page, at ``/``: one HTML response that needs nothing else, no network and no build.
+"""The chat page, at ``/``: a self-contained HTML response, without build step or other downloads.
 
-Its parts are files beside this one: a document, a style sheet and JavaScript modules. They are
-joined here. The modules are joined in the order in which they import each other, so that the page
-has one script, whose hash the content security policy names. That policy allows nothing else: no
-other script or style, no connection but to this server, and, by Trusted Types, no string that is
+Its parts are files beside this one: a document, a style sheet and JavaScript modules. This module
+joins them. JavaScript modules are joined in the order in which they import each other, so that the
+page has one script; the content security policy has its hash. That policy allows nothing else: no
+other script or style, only connections to this server, and, by Trusted Types, no string that is
 parsed as HTML.
 """
 
@@ -35,7 +35,7 @@ MODULES = (
     "settings",
     "main",
 )
-"""The modules of the script; each imports only from those before it."""
+"""The modules of the script; each imports only from earlier ones."""
 
 _IMPORT = re.compile(r"^import \{[^}]*\} from \"[^\"]*\";\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(async )?function|const|class)", re.MULTILINE)
@@ -43,7 +43,7 @@ _EXPORT = re.compile(r"^export (?=(async )?function|const|class)", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The page and how it is sent.
+    """The page and its headers.
 
     Attributes:
         body: The document, in UTF-8.
@@ -79,7 +79,7 @@ def page() -> Page:
 
 
 async def chat_page(request: Request) -> Response:
-    """Sends the page, or nothing where the browser has this very one."""
+    """Sends the page, or only 304 if the browser has this version."""
     shown = page()
     if request.headers.get("if-none-match") == shown.tag:
         return Response(status_code=304, headers=shown.headers)
