@@ -1,4 +1,4 @@
-"""Chooses the drafter and the number of drafts per step, 0 where speculation does not pay."""
+"""Chooses the drafter and the number of drafts of each step: none if speculation does not pay."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hotloop.types import StepCost
 def sizes_up_to(most: int) -> tuple[int, ...]:
     """Returns the numbers of drafts that steps are captured for: 0, 1, 2, 4, 7, 15, …, ``most``.
 
-    From 7 on a step of one request verifies a power of two of tokens, drafts and the newest one:
-    kernels compute rows in octets.
+    From 7 drafts on, a step of one request verifies a power of two of tokens (the newest token and
+    the drafts), because kernels compute rows in octets.
     """
     sizes = {0, 1, 2, 4, most} | {(1 << i) - 1 for i in range(3, most.bit_length() + 1)}
     return tuple(sorted(size for size in sizes if size <= most))
@@ -44,17 +44,17 @@ class _Average:
 
 
 class _Rate:
-    """The share of drafts that are accepted, over as many samples as are of one text.
+    """The acceptance rate of drafts, over the samples since the text last changed.
 
-    That is a long average, which is replaced by a short one where the two differ by more than
-    chance explains: the text has changed.
+    It is a long moving average. If a short average differs from it by more than chance explains,
+    the text has changed, and the short average replaces the long one.
     """
 
     LONG, SHORT = 0.985, 0.9
     """Weights of each step in the averages, relative to the step after it."""
 
     UNLIKELY = 3.5
-    """How many standard errors the short average may differ by."""
+    """The number of standard errors by which the short average may differ."""
 
     def __init__(self) -> None:
         self._long, self._short = _Average(), _Average()
@@ -81,17 +81,18 @@ class _Rate:
         return self._long.weight
 
     def mean(self, prior: float, weight: float = 1.0) -> float:
-        """See ``_Average.mean``; what was before a change counts as one sample."""
+        """See ``_Average.mean``; all samples before a change count as one sample."""
         return self._long.mean(prior, 1.0 if self._has_changed else weight)
 
 
 class _StepTime:
-    """The mean time of recent steps of a kind; unknown before the second.
+    """The mean time of recent steps of a kind; unknown before the second step.
 
-    The first can be slow, since what it reads is in no cache yet: the faster of both counts. Chains
-    end early, so steps of a kind differ in the drafts that they made: their times are fitted by a
-    line over those, by least squares, in which the step without drafts is one sample. Only
-    thus can a step that was delayed be told from one that made more drafts.
+    The first step can be slow, since its data are in no cache yet: the faster of the first two
+    counts. Chains can end early, so steps of a kind differ in the number of drafts that they made.
+    A line over that number is fitted to their times by least squares, with the plain step as one
+    sample. Without the line, a delayed step could not be distinguished from a step that made more
+    drafts.
 
     Args:
         plain: The time without drafts; None if no line is to be fitted.
@@ -131,20 +132,21 @@ class _StepTime:
         return max(0.0, covariance / variance) if variance > 0 else 0.0
 
     def expected(self, n_drafts: float) -> float:
-        """Returns the time of a step that makes so many drafts; the mean must be known."""
+        """Returns the time of a step that makes this many drafts; the mean must be known."""
         assert self.mean is not None, "two times make a mean"
         return self.mean + self.per_draft * (n_drafts - self._drafts / self.weight)
 
     def add(self, time: float, n_drafts: float = 0.0, n_between: int = 0) -> float:
-        """Adds a time, at most a quarter above the line: another process can delay a step.
+        """Adds a time, limited to 1.25 times the line, since another process can delay a step.
 
-        A plain step's time that is too long makes drafts look cheap until the next plain step.
+        Without the limit, one delayed plain step would make drafts look cheap until the next plain
+        step.
 
         Args:
             time: The time.
             n_drafts: Drafts that the step made.
-            n_between: Steps of other kinds since the last of this kind, in which the speed of the
-                machine may have changed.
+            n_between: Steps of other kinds since the last step of this kind. The speed of the
+                machine may have changed during them.
 
         Returns:
             The time that was added.
@@ -178,10 +180,10 @@ class Choice:
     Attributes:
         drafter: The number of the drafter.
         k: Drafts for each row; 0 in a plain step.
-        trial_s: The time of a token by what is best, of a step that tries another in its place;
-            None of any other step.
+        trial_s: If the step is a trial of a choice that is not the best: the time per token of the
+            best choice. None otherwise.
         min_probability: See ``Step.min_probability``.
-        limits: The most drafts that each request was to have, 0 for none.
+        limits: The most drafts that each request was allowed.
     """
 
     drafter: int = 0
@@ -202,8 +204,8 @@ class _Acceptance:
     """Acceptance rates of a drafter: for one request, or for all of them.
 
     Attributes:
-        positions: For each draft position, how often its draft was accepted if those before it
-            were.
+        positions: For each draft position, the acceptance rate of its draft if all earlier drafts
+            were accepted.
     """
 
     positions: list[_Rate]
@@ -228,46 +230,48 @@ class DraftController:
     """Chooses which drafter drafts how many tokens in the next step.
 
     Let a_i be the conditional acceptance rate of draft position i of a drafter for a request: the
-    probability that its draft is accepted if those before it are. A step with k drafts yields
-    1 + a_1 + a_1 a_2 + … tokens of the request in expectation; its time is a moving average of
-    recent steps of that drafter and size. The controller chooses the drafter and the k, 0 included,
-    with the most expected tokens per second, of all requests of the step together. Each request
-    has rates of its own, since texts differ; the rates of all requests are their prior, and count
-    as ``PRIOR_WEIGHT`` samples. Draft positions without recent samples are assumed to have the
-    acceptance rate of the position before. A rate is that of some sixty steps, or of ten once the
-    text has changed: ten alone vary so much that a bad streak would end drafting that pays. That of
-    the first draft is taken to be half a standard error higher, since only drafts can show that the
-    few so far were unlucky. A drafter that finds no draft, as n-grams do in text that repeats
-    nothing, makes a plain step of it: its share of steps with drafts weights both tokens and time,
-    so that it does not keep others from drafting there.
+    probability that its draft is accepted if all earlier drafts are. A step with k drafts yields 1
+    + a_1 + a_1 a_2 + … tokens of the request in expectation. Its time is a moving average over
+    recent steps of that drafter and size. The controller chooses the drafter and the k (0 included)
+    with the most expected tokens per second, summed over the requests of the step. Each request has
+    rates of its own, since texts differ; the rates over all requests are the prior, which counts as
+    ``PRIOR_WEIGHT`` samples. A draft position without recent samples is assumed to have the
+    acceptance rate of the position before. Rates are averages over some sixty steps, or over ten
+    once the text has changed; ten steps alone vary so much that a bad streak would end drafting
+    that pays. The rate of the first draft position is taken to be half a standard error higher than
+    measured, since only further drafts can show that the few drafts so far were unlucky. A step for
+    which a drafter finds no draft (n-grams in text without repetitions) is a plain step. Therefore
+    the drafter's share of steps with drafts weights both its tokens and its time, so that it does
+    not keep other drafters from drafting there.
 
-    A chain of drafts can end early. Where all of them are accepted with probability S, one more is
-    worth S a tokens, a being the acceptance rate of a draft after accepted ones, and takes the
-    time e of a draft and its verification; it pays where that is faster than steps are at their
-    best, with R tokens per second: where S a > R e. So the chain ends once S is below R e / a. It
-    is the draft model's own probability that stands for S; where it is not the right one, the
-    rates above, which count drafts that were not made as rejected, choose a k that is. A step's
-    time depends on the drafts that its chain made: it is a line over them for each drafter and k,
-    the slope of which is e, and a step counts as long as chains are now, whatever they were when it
-    was last chosen.
+    A chain of drafts can end early. Let S be the probability that all drafts so far are accepted, a
+    the acceptance rate of a draft after accepted drafts, e the time of a draft and its
+    verification, and R the tokens per second of the best steps. One more draft is worth S a tokens
+    and takes the time e, so it pays if S a > R e. Therefore the chain ends once S is below R e / a.
+    The draft model's own probabilities estimate S. If that estimate is wrong, the rates above
+    correct it: they count drafts that were not made as rejected, and so choose a suitable k. The
+    time of a step depends on the number of drafts that its chain made: for each drafter and k it is
+    a line over that number, with the slope e. The controller evaluates the line at the present
+    length of chains, whatever their length was when that k was last chosen.
 
-    What is not best can be measured only at a loss: an exploration budget allows trials of the next
-    best k where 0 is best, and of the other drafters, by turns, where one drafter is, so that they
-    lose at most ``EXPLORATION_SHARE`` of all time. Expectations can be wrong as well, in text that
-    keeps changing: the time that drafts have gained and lost against plain steps is kept, and once
-    they have lost more than they gained and that share, steps are plain until it is made up for.
+    To measure a choice that is not the best costs time. An exploration budget allows such trials:
+    of the next best k if plain steps are best, and of the other drafters, by turns, if one drafter
+    is best. Trials lose at most ``EXPLORATION_SHARE`` of all time. In text that keeps changing, the
+    expectations can be wrong too. So the controller sums the time that drafts have gained and lost
+    against plain steps; once the loss exceeds the gain by more than that share, steps are plain
+    until the loss is made up.
 
     Times of steps vary, and the speed of a machine changes. So the time of a step with drafts is
-    kept in plain steps, as its ratio to the plain step's time of then; drafts have to gain more
-    than the standard error of that ratio, since the best of several k seems better than it is; and
-    where they seem to pay, plain steps between them keep the plain step's time current: as many as
-    lose ``PLAIN_SHARE`` of all time, so that they are frequent where drafts gain little.
+    kept as its ratio to the time of a plain step at that moment. Drafts have to gain more than the
+    standard error of that ratio, since the best of several k seems better than it is. While drafts
+    seem to pay, plain steps between them keep the plain step's time current. Their number is such
+    that they lose ``PLAIN_SHARE`` of all time, so they are frequent if drafts gain little.
 
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
         n_drafters: Drafters to choose from.
         always: Draft in every step, as many tokens as the limit allows.
-        ends_early: Chains of drafts can end early; never with ``always``.
+        ends_early: Whether chains of drafts can end early; they never do with ``always``.
     """
 
     EXPLORATION_SHARE = 0.01
@@ -277,16 +281,17 @@ class DraftController:
     """The largest exploration budget, in plain steps; it begins with 0."""
 
     INITIAL_GAINED = 4.0
-    """Time that drafts may lose in an engine's first text, in plain steps."""
+    """The time that drafts may lose in an engine's first text, in plain steps."""
 
     MOST_GAINED = 32.0
-    """The most gained time that later losses can be set against, in plain steps."""
+    """The most gained time that is kept to offset later losses, in plain steps."""
 
     PRIOR_ACCEPTANCE = 0.8
     """Acceptance rate of the first draft position before any sample."""
 
     OPTIMISM = 0.5
-    """Standard errors by which the rate of the first draft is taken to be higher than seen."""
+    """The number of standard errors that is added to the measured rate of the first draft position.
+    """
 
     PRIOR_WEIGHT = 12.0
     """Weight of all requests' acceptance rate beside a request's own samples."""
@@ -295,16 +300,17 @@ class DraftController:
     """How often chains that can end early go on after a draft, before any sample."""
 
     DECAY = 0.9
-    """Weight of each step in the moving averages of what is not an acceptance rate."""
+    """Weight of each step, relative to the next step, in moving averages of other quantities than
+    acceptance rates."""
 
     PLAIN_SHARE = 0.00125
-    """The share of time that plain steps may lose where drafts pay."""
+    """The share of time that plain steps may lose while drafts pay."""
 
     MOST_SETTLED = 8
     """The most plain steps that are decided at once."""
 
     LEAST_REFRESH, REFRESH = 4, 64
-    """The least and the most steps with drafts between two plain ones."""
+    """The fewest and the most steps with drafts between two plain steps."""
 
     def __init__(
         self,
@@ -317,21 +323,22 @@ class DraftController:
         self._sizes, self._always = tuple(sizes), always
         self._ends_early = ends_early and not always
         self._n_drafters = n_drafters
-        # By rows: a plain step's seconds, and how many of them a step with drafts takes.
+        # By number of rows: the time of a plain step in seconds, and of a step with drafts in plain
+        # steps.
         self._costs: dict[tuple[int, _Arm], _StepTime] = {}
         self.forget_texts()
 
     def forget_texts(self) -> None:
-        """Forgets all but the times of steps, as after warm-up, whose text has no meaning."""
+        """Forgets everything but the times of steps: after warm-up, whose text has no meaning."""
         n_drafters = self._n_drafters
         self._acceptance = self._new_acceptance()
-        # Of each request: a request that is gone is forgotten.
+        # Of each request; weak references forget requests that have ended.
         self._of_request: WeakKeyDictionary[Any, list[_Acceptance]] = WeakKeyDictionary()
         self._expected: WeakKeyDictionary[Any, list[list[float]]] = WeakKeyDictionary()
         # How often a chain of 1, 2, … drafts goes on, where there could be more.
         self._goes_on = [[_Rate() for _ in range(max(self._sizes) - 1)] for _ in range(n_drafters)]
         self._lengths: dict[int, list[float]] = {}  # by drafter and k: see _length
-        # Of a draft that was made after accepted ones, its acceptance.
+        # The acceptance rate of drafts after accepted drafts.
         self._newest_accepted = [_Rate() for _ in range(n_drafters)]
         self._with_drafts = [_Average() for _ in range(n_drafters)]
         self._found_none = [False] * n_drafters  # in the newest step of each
@@ -351,8 +358,8 @@ class DraftController:
         """Chooses how the next step drafts.
 
         Args:
-            limits: For each request of the step, the most drafts that it can use; 0 if it is to
-                have none. Requests are weakly referenced.
+            limits: For each request of the step, the most drafts that it can use; 0 if it must have
+                none. Requests are weakly referenced.
             room: The most drafts that the cache has room for.
         """
         same = len(limits) == len(self._settled) and all(r() in limits for r in self._settled)
@@ -404,7 +411,7 @@ class DraftController:
             return Choice()
         token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
         most_s = self.MOST_BUDGET * costs_s.get(_PLAIN, token_s)
-        # By what they lose if they yield one token.
+        # The time that each trial loses if it yields one token.
         trials = {
             arm: loss_s
             for arm, cost_s in costs_s.items()
@@ -412,8 +419,8 @@ class DraftController:
         }
         if not trials or self._trials_s is None:
             return Choice(*best)
-        # The best arm of the drafter that was chosen the longest ago. It waits for its budget, lest
-        # cheaper ones always come first.
+        # The best arm of the drafter that was chosen the longest ago. It waits for its budget,
+        # since cheaper trials would otherwise always come first.
         trial = max(trials, key=lambda arm: (-self._chosen_at[arm[0]], speeds[arm]))
         if trials[trial] < self._trials_s:
             return Choice(*trial, token_s)
@@ -422,15 +429,16 @@ class DraftController:
         return Choice(*best)
 
     def _settle(self, budget_s: float, plain_s: float) -> None:
-        """Decides plain steps until their share makes up this budget, which saves the host time."""
+        """Decides the next plain steps at once, until their share makes up this budget."""
         share_s, most = self.EXPLORATION_SHARE * plain_s, self.MOST_SETTLED
         self._n_plain = most if budget_s >= most * share_s else int(budget_s / share_s)
 
     def _doubt(self, n: int, arm: _Arm) -> float:
-        """Returns the standard error of a step's time in plain steps, relative to it.
+        """Returns the relative standard error of a step's time in units of a plain step's time.
 
-        Times of both kinds vary alike, of which few may have been seen. The time of a drafter that
-        finds no drafts may still be unknown, and is taken to be a plain step's.
+        Few steps of a kind may have been timed, so the variance of the kind that varies more is
+        used for both. The time of a drafter that finds no drafts may still be unknown; it is then
+        taken to be a plain step's.
         """
         both = [self._costs.get((n, each)) for each in (_PLAIN, arm)]
         known = [cost for cost in both if cost is not None and cost.mean is not None]
@@ -454,7 +462,7 @@ class DraftController:
         Args:
             n: Rows.
             k: Drafts per row that the step verified; 0 if no row had any.
-            choice: How it was to draft.
+            choice: How the step was to draft.
             times: Times of the step, or of all steps; None for the first of its size.
             kept: Tokens that each request got.
             steps: Number of steps.
@@ -513,7 +521,7 @@ class DraftController:
         def updated(
             budget_s: float | None, token_s: float | None, initial: float, most: float
         ) -> float:
-            """Adds the share, and what the step gained or lost against tokens of ``token_s``."""
+            """Adds the share, and the gain or loss of time against tokens of ``token_s``."""
             budget_s = initial * step_s if budget_s is None else budget_s
             # The first steps of a kind are measurements, which every drafter gets.
             if token_s is not None and tokens_per_row is not None and is_known:
@@ -529,8 +537,8 @@ class DraftController:
     def _cost_s(self, n: int, arm: _Arm) -> float | None:
         """Returns the mean time of such a step; None while it is unknown.
 
-        Steps of a drafter that finds no drafts are plain ones. Those with drafts, until there is
-        one, are assumed to take no longer.
+        A step for which the drafter finds no drafts is a plain step. Until there is a step with
+        drafts, its time is assumed to be a plain step's.
         """
         plain_s, step = self._mean(n, _PLAIN), self._costs.get((n, arm))
         if plain_s is None or arm == _PLAIN:
@@ -559,7 +567,7 @@ class DraftController:
         return lengths[k]
 
     def _share_with_drafts(self, drafter: int) -> float:
-        """Returns the share of steps for which a drafter finds drafts, 1 before the first."""
+        """Returns the share of steps for which a drafter finds drafts; 1 before the first step."""
         return self._with_drafts[drafter].mean(1.0, 0.1)
 
     def _tokens(self, limits: Mapping[Any, int], arm: _Arm) -> float:
@@ -573,7 +581,7 @@ class DraftController:
     def _accepted(self, request: object) -> list[list[float]]:
         """Returns how many of k drafts for a request are accepted in expectation.
 
-        That is by drafter and k, and computed once between two steps with drafts.
+        The result is indexed by drafter and k, and computed once between two steps with drafts.
         """
         found = self._expected.get(request)
         if found is None:
