@@ -181,7 +181,7 @@ async def cancelled_if_gone(
     """Cancels a ticket when its client disconnects, or if the block ends before the ticket.
 
     Raises:
-        ClientDisconnect: The client has gone.
+        ClientDisconnect: The client has disconnected.
     """
     gone = False
 
@@ -212,7 +212,7 @@ class EventStream(Response):
     Args:
         served: The model.
         ticket: The request, submitted.
-        shape: What its answers look like.
+        shape: The form of its answers.
         asked: The request's body.
     """
 
@@ -255,7 +255,7 @@ class EventStream(Response):
             except HotloopError as error:
                 text = shape.error_events(error)
                 await body.write(lambda: text, more=False)
-            except Exception as error:  # a fault of ours, which the log shows
+            except Exception as error:  # a fault of hotloop, which the log shows
                 text = shape.error_events(error)
                 await body.write(lambda: text, more=False)
                 raise

@@ -173,7 +173,7 @@ def _listen(settings: ServerSettings) -> socket.socket:
     """Returns a listening socket.
 
     Raises:
-        ConfigError: The address cannot be listened on.
+        ConfigError: The server cannot listen on the address.
     """
     where = f"{settings.host}, port {settings.port}"
     listener = None
