@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
@@ -311,7 +312,7 @@ class _Body:
             make: Takes that, and makes the part of the stream.
         """
         self._direct = self._state[DIRECT_BODY]()
-        ticket.hand_over(lambda: not ticket.ending and self._write_directly(make))
+        ticket.hand_over(partial(self._write_directly, ticket, make))
         try:
             yield
         finally:
@@ -323,13 +324,13 @@ class _Body:
                 direct.close()
                 self._state[DIRECT_BYTES] = direct.n_bytes
 
-    def _write_directly(self, make: Callable[[], str]) -> bool:
+    def _write_directly(self, ticket: Ticket, make: Callable[[], str]) -> bool:
         """Makes and sends a part of the stream in this thread, without waiting.
 
         Returns:
             Whether all is sent; else ``write`` is to be called in the event loop.
         """
-        if not self._lock.acquire(blocking=False):
+        if ticket.ending or not self._lock.acquire(blocking=False):
             return False
         try:
             direct = self._direct
