@@ -817,6 +817,15 @@ def test_requests_that_can_use_no_drafts_count_as_one_token():
     assert steps_of(controller, everybody, 30)[-20:].count(0) < 5, "theirs are no samples"
 
 
+def test_what_steps_of_some_rows_take_is_measured_of_others_only_where_drafts_seem_to_pay():
+    controller, asker = DraftController(sizes_up_to(4)), Asker()
+    steps_of(controller, {asker: 0.0}, 200)
+    three = {asker: 0.0, Asker(): 0.0, Asker(): 0.0}
+    assert steps_of(controller, three, 16).count(0) >= 13, "not two steps of each size"
+    pays = {Asker(): 0.95, Asker(): 0.95}
+    assert steps_of(controller, pays, 60)[-30:].count(4) > 25
+
+
 def test_text_that_misleads_the_controller_costs_no_more_than_its_share():
     """Whatever it drafts in is wrong, and what it does not draft in would be right."""
     for flips in (6, 12, 25):

@@ -540,13 +540,23 @@ class DraftController:
         A step for which the drafter finds no drafts is a plain step. Until there is a step with
         drafts, its time is assumed to be a plain step's.
         """
-        plain_s, step = self._mean(n, _PLAIN), self._costs.get((n, arm))
+        plain_s = self._mean(n, _PLAIN)
         if plain_s is None or arm == _PLAIN:
             return self._mean(n, arm)
+        step = self._step_time(n, arm)
         if step is None or step.mean is None:
             return plain_s if self._found_none[arm[0]] else None
         step_s = step.mean if self._always else step.expected(self._length(*arm)) * plain_s
         return plain_s + self._share_with_drafts(arm[0]) * (step_s - plain_s)
+
+    def _step_time(self, n: int, arm: _Arm) -> _StepTime | None:
+        """Returns the time of such a step in plain steps, or until it is known of other rows."""
+        step = self._costs.get((n, arm))
+        if self._always or (step is not None and step.mean is not None):
+            return step
+        known = (m for (m, each), other in self._costs.items() if each == arm and other.mean)
+        nearest = min(known, key=lambda m: abs(math.log(m / n)), default=n)
+        return self._costs.get((nearest, arm))
 
     def _mean(self, n: int, arm: _Arm) -> float | None:
         known = self._costs.get((n, arm))
