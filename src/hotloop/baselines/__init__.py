@@ -1,7 +1,7 @@
-"""The engines that a cell can name: hotloop's own, and others to compare it with.
+"""The engines that a cell can name: hotloop's own, and others for comparison.
 
-To add one, write a module with an ``EngineKind`` and add its name to ``ENGINES``. The module
-imports the engine's library inside ``create`` alone: an engine can run under an interpreter of its
+To add one, write a module with an ``EngineKind`` and add its name to ``ENGINES``. The module must
+import the engine's library only inside ``create``: an engine can run under an interpreter of its
 own, so the process that plans a sweep may lack its library.
 """
 
@@ -19,7 +19,7 @@ ENGINES = {
     "llama-cpp": "hotloop.baselines.llama_cpp:ENGINE",
     "endpoint": "hotloop.baselines.endpoint:ENGINE",
 }
-"""The registry: the name in ``EngineConfig.engine`` -> where its ``EngineKind`` is."""
+"""The registry: name in ``EngineConfig.engine`` -> ``module:attribute`` of its ``EngineKind``."""
 
 
 def _unchanged(config: EngineConfig) -> EngineConfig:
@@ -36,17 +36,17 @@ def _unknown(config: EngineConfig) -> MemoryPlan | None:  # noqa: ARG001
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKind:
-    """A kind of engine, as a sweep needs it.
+    """A kind of engine, with the functions that a sweep needs.
 
     Attributes:
         create: Loads the engine of a configuration.
-        predict: Predicts the memory of a configuration; None where that is unknown. Raises what
-            ``create`` would raise before it loads anything.
-        check_device: Raises what ``create`` would raise where this machine lacks the device, or has
-            fewer than there are ranks. Uses no GPU and reads no model, so that a sweep can ask it
-            before it starts a process.
-        settle: Fills in what ``auto`` stands for, as far as that is known without using a GPU.
-            Configurations with the same result are equivalent, and are one cell.
+        predict: Predicts the memory of a configuration; None if it is unknown. Raises the errors
+            that ``create`` raises before it loads anything.
+        check_device: Raises the errors of ``create`` for a missing device, or fewer devices than
+            ranks. It uses no GPU and reads no model, so that a sweep can call it before it starts a
+            process.
+        settle: Resolves ``auto``, as far as that is possible without a GPU. Configurations with the
+            same result are equivalent, and become one cell.
         reads_checkpoints: The model is a checkpoint that hotloop itself can read. Its stored form
             and its tokenizer are then read before any process starts.
     """

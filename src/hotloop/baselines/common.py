@@ -1,6 +1,6 @@
-"""Parts that other engines share: their library, the levers they lack, and the tokens of a model.
+"""Common parts of other engines: library import, unsupported levers, and tokenization.
 
-Token ids are hotloop's: prompts and windows are the same for every engine of a sweep.
+Token ids come from hotloop: prompts and windows are the same for every engine of a sweep.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ def _broken(package: str, error: Exception) -> UnsupportedError:
 
 
 def check_levers(config: EngineConfig, takes: Iterable[str], choices: Mapping[str, Any]) -> None:
-    """Refuses options that an engine does not have, so that none is ignored.
+    """Refuses options that an engine does not support, so that none is ignored.
 
     Args:
         config: The configuration.
-        takes: The levers that the engine has, with all of their values.
-        choices: Levers of which it has some values only, and these.
+        takes: The levers that the engine supports, with all of their values.
+        choices: Levers of which it supports only some values, and these values.
 
     Raises:
-        UnsupportedError: Another lever has a value of its own, or a lever one that is not there.
+        UnsupportedError: Another lever is set, or a lever has an unsupported value.
     """
     for name in levers():
         value = getattr(config, name)
@@ -84,7 +84,7 @@ def check_levers(config: EngineConfig, takes: Iterable[str], choices: Mapping[st
 
 
 def prepare_own(config: EngineConfig) -> Setup:
-    """Describes the model as hotloop reads it, unquantized; see ``engine.setup.prepare``.
+    """Describes the unquantized model as hotloop reads it; see ``engine.setup.prepare``.
 
     Raises:
         HotloopError: The model, the device or an option is not supported, or this interpreter
@@ -113,7 +113,7 @@ def prepare_own(config: EngineConfig) -> Setup:
 
 
 def tokenizer_of(config: EngineConfig) -> Tokenizer | None:
-    """Loads the tokenizer of the model itself; None for random weights, which have none."""
+    """Loads the model's tokenizer; returns None for random weights, which have none."""
     if config.weights == "random":
         return None
 
@@ -125,11 +125,11 @@ def tokenizer_of(config: EngineConfig) -> Tokenizer | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Tokens of a model, as prompts and answers of an engine need them.
+    """Converts prompts and answers of an engine from and to tokens.
 
     Attributes:
         engine: The engine's name, for errors.
-        tokenizer: The model's; None for random weights.
+        tokenizer: The model's tokenizer; None for random weights.
         vocab_size: Token ids are below this.
         max_seq_len: Tokens of a prompt and its answer together.
     """
@@ -182,8 +182,8 @@ class Tokens:
 
         Args:
             prompt: Its token ids.
-            token_ids: The tokens of the answer; those after an end are left out.
-            times: Seconds from submit to each of them on the host.
+            token_ids: The tokens of the answer; tokens after its end are left out.
+            times: Seconds from submit to the arrival of each token on the host.
             params: The options of the request.
         """
         ends = self.end_ids(params)
@@ -238,7 +238,7 @@ def score_of(logits_TV: Tensor, window: Sequence[int], *, full: bool) -> Score:
     """Makes the score of a window.
 
     Args:
-        logits_TV: Logits after each of its tokens but the last, [T - 1, V].
+        logits_TV: Logits after each of its tokens except the last, [T - 1, V].
         window: Its token ids.
         full: Also return the whole distributions.
     """
@@ -256,13 +256,13 @@ def score_of(logits_TV: Tensor, window: Sequence[int], *, full: bool) -> Score:
 def score_of_top(
     entries: Sequence[Mapping[int, float]], window: Sequence[int], k: int, *, top: bool
 ) -> Score:
-    """Makes the score of a window, of which an engine gives the most likely tokens alone.
+    """Makes the score of a window from an engine that returns only the most likely tokens.
 
     Args:
-        entries: Log-probabilities by token id after each of its tokens but the last: of the token
-            that follows, and of the ``k`` most likely.
+        entries: For each of its tokens except the last, log-probabilities by token id: of the next
+            token, and of the ``k`` most likely tokens.
         window: Its token ids.
-        k: See above.
+        k: See ``entries``.
         top: Also return the most likely tokens.
     """
     import torch

@@ -1,8 +1,8 @@
-"""A client of servers that speak OpenAI's completions, which takes the time of what arrives.
+"""A client for OpenAI's completions API that records the time of each piece.
 
-Servers differ: some take token ids as a prompt, some say how many tokens they made, some send an
-empty piece first, or several tokens in one. What a server does not know is left out of requests
-after its first refusal, and the answers say what was asked.
+Servers differ: some take token ids as a prompt, some report the number of tokens, some send an
+empty piece first, or several tokens in one piece. A field that a server refuses is left out of
+later requests, and ``refused`` lists it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ CONNECT_S, SILENCE_S = 10.0, 120.0
 """Seconds to wait for a connection, and for the next bytes of an answer."""
 
 MAX_ATTEMPTS, MAX_WAIT_S = 5, 30.0
-"""Attempts of a request that a busy server turns away, and the most seconds between two."""
+"""The most attempts of a request that a busy server refuses, and the most seconds between two."""
 
 MAX_LINE_BYTES, MAX_ANSWER_BYTES = 2**24, 2**30
 
 OPTIONAL = ("ignore_eos", "stream_options", "return_token_ids")
-"""Fields of a request that some servers refuse; they are left out after that."""
+"""Fields of a request that some servers refuse, and that are then left out."""
 
 
 class ServerError(HotloopError):
-    """A server's answer is an error, or none that can be used."""
+    """A server's answer is an error, or cannot be used."""
 
 
 class _Part(BaseModel):
@@ -83,15 +83,15 @@ class _Completion(_Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """An answer as it arrived.
+    """An answer, with the times of its pieces.
 
     Attributes:
         text: Its text.
         times: Seconds from submit to each piece that had text or tokens.
-        token_ids: Its tokens, where the server sends them.
-        n_tokens: Their number, where the server says it.
-        n_prompt_tokens: Tokens of the prompt, where the server says it.
-        finish_reason: The server's word for the end.
+        token_ids: Its tokens, if the server sends them.
+        n_tokens: The number of its tokens, if the server reports it.
+        n_prompt_tokens: Tokens of the prompt, if the server reports it.
+        finish_reason: The server's name of the reason why it ended.
     """
 
     text: str
@@ -111,18 +111,18 @@ class CompletionsClient:
     """A server's completions; threads may share it.
 
     Args:
-        url: Its base URL, such as ``http://localhost:8000/v1``; ``#NAME`` behind it chooses one of
+        url: Its base URL, such as ``http://localhost:8000/v1``; ``#NAME`` after it chooses one of
             several models.
         silence_s: Seconds to wait for the next bytes of an answer.
 
     Attributes:
         model: The served model's name.
-        server: The server's own name, where it tells it.
+        server: The server's own name, if it reports one.
 
     Raises:
         ConfigError: The URL cannot be used.
         ServerError: The server cannot be reached, or does not speak the protocol.
-        UnknownNameError: It serves several models, or not the one that was chosen.
+        UnknownNameError: It serves several models, or not the chosen model.
     """
 
     def __init__(self, url: str, *, silence_s: float = SILENCE_S) -> None:
@@ -159,7 +159,7 @@ class CompletionsClient:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """The optional fields that the server does not take."""
+        """The optional fields that the server has refused."""
         return tuple(sorted(self._refused))
 
     def complete(
@@ -169,7 +169,7 @@ class CompletionsClient:
 
         Raises:
             UnsupportedError: The server does not take token ids.
-            ServerError: It fails, sends nothing for too long, or what it sends cannot be read.
+            ServerError: It fails, sends nothing for too long, or sends data that cannot be read.
         """
         body = self._body(prompt, max_tokens) | {
             "stream": True,
@@ -209,14 +209,14 @@ class CompletionsClient:
 
         Args:
             ids: The prompt.
-            k: Most likely tokens at each position.
+            k: The number of most likely tokens at each position.
 
         Returns:
-            For each token after the first, log-probabilities by token id: its own, and those of
-            the ``k`` most likely.
+            For each token after the first, log-probabilities by token id: of the token, and of the
+            ``k`` most likely tokens.
 
         Raises:
-            UnsupportedError: The server does not give them, or does not take token ids.
+            UnsupportedError: The server does not return them, or does not take token ids.
         """
         body = self._body(ids, 1) | {"prompt_logprobs": k}
         with self._opened(body) as (_, response):
@@ -274,10 +274,10 @@ class CompletionsClient:
 
     @contextmanager
     def _opened(self, body: dict[str, Any]) -> Generator[tuple[float, httpx2.Response]]:
-        """Sends a request, once more where the server is busy or does not take a field of it.
+        """Sends a request; repeats it if the server is busy or refuses a field.
 
         Yields:
-            The time at which it was sent, and its response, which is closed afterwards.
+            The time at which it was sent, and its response, which is closed after the block.
         """
         attempts = 0
         while True:
@@ -302,7 +302,7 @@ class CompletionsClient:
 
     @contextmanager
     def _transport(self) -> Generator[None]:
-        """Turns the HTTP client's errors into ours."""
+        """Converts the HTTP client's errors to hotloop's."""
         import httpx2
 
         try:
@@ -316,7 +316,7 @@ class CompletionsClient:
             raise ServerError(f"{self.url} cannot be reached: {said}.") from error
 
     def _leave_out(self, body: Mapping[str, Any], content: bytes, refusal: ServerError) -> None:
-        """Finds the field that the server does not take, to send the request without it."""
+        """Finds the field that the server refuses, to leave it out."""
         text = content.decode(errors="replace")
         present = [name for name in OPTIONAL if name in body]
         named = [name for name in present if name in text]
@@ -339,7 +339,7 @@ class CompletionsClient:
 
 
 def _wait_s(retry_after: str | None, attempt: int) -> float:
-    """Returns the seconds to wait: those that a server asks for, or ever more."""
+    """Returns the seconds to wait: as the server asks, or growing with each attempt."""
     try:
         asked = float(retry_after) if retry_after is not None else 0.5 * 2**attempt
     except ValueError:  # a date

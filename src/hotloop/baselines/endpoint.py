@@ -1,8 +1,8 @@
-"""A server of OpenAI's completions, such as vLLM, SGLang, llama-server, Ollama or hotloop itself.
+"""A server with OpenAI's completions API, such as vLLM, SGLang, llama-server, Ollama or hotloop.
 
-What is measured is what arrives here: the server's own time, its queue and the transport. Prompts
-are token ids, and tokens are counted by the server; a server that does not take the one or tell the
-other is unsupported.
+Times are measured at the client: they include the server's own time, its queue and the transport.
+Prompts are token ids, and the server counts tokens; a server that does not support both is
+unsupported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hotloop.engine.setup import Setup
 
 TOP_K = 20
-"""Most likely tokens at each position that scores are made of."""
+"""The number of most likely tokens at each position that scores use."""
 
 
 class EndpointEngine:
@@ -49,7 +49,7 @@ class EndpointEngine:
     Args:
         config: The configuration.
         client: A connected client.
-        setup: The model, as hotloop resolves the recipe's.
+        setup: The recipe's model, as resolved by hotloop.
     """
 
     def __init__(self, config: EngineConfig, client: CompletionsClient, setup: Setup) -> None:
@@ -67,7 +67,7 @@ class EndpointEngine:
         self._warmup_s = time.perf_counter() - started
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
-        """Answers every prompt, each by a request of its own, all at the same time."""
+        """Answers every prompt by a separate request; all requests run at the same time."""
         ids = self._tokens.prompts(prompts, params)
         n = self._tokens.new_tokens(params)
 
@@ -97,7 +97,7 @@ class EndpointEngine:
         """Scores windows by the server's log-probabilities of prompts; never whole distributions.
 
         Raises:
-            UnsupportedError: The server does not give them.
+            UnsupportedError: The server does not return them.
         """
         for window in windows:
             check_window(window, self._setup.n_positions)
@@ -146,11 +146,11 @@ class EndpointEngine:
 
 
 def create(config: EngineConfig) -> EndpointEngine:
-    """Connects to the server, and makes it answer once.
+    """Connects to the server, and sends one request.
 
     Raises:
         ConfigError: The cell has no URL of a server.
-        UnsupportedError: The server lacks what a measurement needs.
+        UnsupportedError: The server lacks a feature that measurements need.
         ServerError: The server fails.
     """
     check(config)
@@ -165,7 +165,7 @@ def create(config: EngineConfig) -> EndpointEngine:
 
 
 def check(config: EngineConfig) -> None:
-    """Refuses a cell without a server, or with options that a server has settled itself."""
+    """Refuses a cell without a server, or with options that the server decides itself."""
     check_levers(config, takes=("url", "device", "dtype"), choices={"quant": ("auto", "none")})
     if config.url is None:
         raise ConfigError(

@@ -21,14 +21,14 @@ def predict(config: EngineConfig) -> MemoryPlan:
 
 
 def check_device(config: EngineConfig) -> None:
-    """Refuses a device that is not there; see ``engine.setup.find_device``."""
+    """Refuses a missing device; see ``engine.setup.find_device``."""
     from hotloop.engine import setup
 
     setup.find_device(config)
 
 
 def settle(config: EngineConfig) -> EngineConfig:
-    """Fills in what ``auto`` stands for; see ``engine.setup.settle``."""
+    """Resolves ``auto``; see ``engine.setup.settle``."""
     from hotloop.engine import setup
 
     return setup.settle(config)

@@ -1,8 +1,8 @@
-"""llama.cpp, by the C functions that llama-cpp-python has: its own Python wrapper is not timed.
+"""llama.cpp, through the C functions of llama-cpp-python, without its Python wrapper.
 
-The loop is that of llama.cpp's own programs: one batch for the prompts, one for each token, and the
-most likely token of the logits that are then on the host. Weights are the file's, as llama.cpp
-keeps and multiplies them; only GGUF files can be run.
+The loop is the same as in llama.cpp's own programs: one batch for the prompts, then one batch per
+token; the host selects the most likely token from the logits. llama.cpp uses the file's quantized
+weights; only GGUF files can be run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from hotloop.engine.setup import Setup
 
-_CACHE_ITEM_BYTES = 2  # llama.cpp keeps its cache in float16 unless it is told otherwise
+_CACHE_ITEM_BYTES = 2  # llama.cpp's cache is float16 by default
 _ALL_LAYERS = 999
 
 
@@ -52,7 +52,7 @@ class LlamaCppEngine:
     Args:
         config: The configuration.
         lib: The module of C functions, ``llama_cpp``.
-        setup: The model and device, as hotloop resolves them.
+        setup: The model and device, as resolved by hotloop.
     """
 
     def __init__(self, config: EngineConfig, lib: Any, setup: Setup) -> None:
@@ -144,7 +144,7 @@ class LlamaCppEngine:
         return self._tokens.encode(text)
 
     def describe(self) -> EngineDescription:
-        """Describes the model, its bytes as llama.cpp counts them."""
+        """Describes the model, with llama.cpp's count of its bytes."""
         lib, model = self._lib, self._setup.model
         n_bytes = lib.llama_model_size(self._model)
         unread = 0
@@ -177,7 +177,7 @@ class LlamaCppEngine:
         )
 
     def meter(self) -> AbstractContextManager[PeakMemory]:
-        """Measures the process's memory; on a GPU llama.cpp does not tell what it takes."""
+        """Measures the process's memory; on a GPU, llama.cpp does not report its memory."""
         return UnknownMemory() if self._on_gpu else MemoryMeter("cpu")
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ class LlamaCppEngine:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
     def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:
-        """Runs tokens: for each its id, its position, its sequence, and whether it has logits."""
+        """Runs tokens, each with its id, its position, its sequence, and whether it has logits."""
         batch = self._batch
         batch.n_tokens = len(entries)
         for i, (token, position, row, logits) in enumerate(entries):
@@ -239,7 +239,7 @@ def create(config: EngineConfig) -> LlamaCppEngine:
 
 
 def check(config: EngineConfig) -> None:
-    """Refuses what llama.cpp cannot do, before anything is loaded."""
+    """Refuses configurations that llama.cpp does not support, before anything is loaded."""
     check_levers(
         config,
         takes=("device",),

@@ -1,8 +1,8 @@
-"""How a server behaves, found out from outside: its first token, its pace, its loops, its answers.
+"""Measures the behaviour of a server from outside: latency, pace, loops and reproducibility.
 
-It needs nothing but the server's URL. Prompts are plain English with a salt in front, a word that
-no prompt had before: a server that keeps prefixes has none of it the first time (cold), and all of
-it the second (warm).
+It needs nothing but the server's URL. Prompts are plain English that begins with a salt, a word
+that no earlier prompt had: a server with a prefix cache has no part of a prompt the first time
+(cold), and all of it the second time (warm).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from hotloop.bench.record import Figure, Workload
 from hotloop.bench.statistics import mean_figure
 
 _MAX_PERIOD = 64
-"""Words of the longest loop that is looked for."""
+"""Words of the longest loop that is searched."""
 
 _MIN_REPETITIONS = 3
-"""A passage said so often, one right after the other, is a loop."""
+"""A passage with at least this many consecutive repetitions is a loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Divergence:
 
     Attributes:
         n: Pairs of answers.
-        n_equal: Those that are equal.
-        first_difference: Characters before the first difference, of each pair that differs.
+        n_equal: Pairs of equal answers.
+        first_difference: For each pair that differs, the characters before the first difference.
     """
 
     n: int
@@ -44,18 +44,18 @@ class Behaviour:
 
     Attributes:
         model: The served model.
-        server: The server's own name; empty where it does not tell it.
-        n_prompt_tokens: Tokens of a prompt, where the server counts them.
-        n_tokens: Tokens of an answer, where the server counts them.
-        cold_ttft_s: Seconds to the first piece of an answer to a prompt that is new.
-        warm_ttft_s: The same for a prompt that was just answered.
-        tpot_s: Seconds per token after the first piece, where the server counts tokens.
+        server: The server's own name; empty if it does not report one.
+        n_prompt_tokens: Tokens of a prompt, if the server counts them.
+        n_tokens: Tokens of an answer, if the server counts them.
+        cold_ttft_s: Seconds to the first piece of an answer to a new prompt.
+        warm_ttft_s: Seconds to the first piece for a prompt that was just answered.
+        tpot_s: Seconds per token after the first piece, if the server counts tokens.
         interval_s: Seconds between pieces: the quantiles 0.5, 0.9 and 0.99, and the longest.
-        tokens_per_piece: Tokens that a piece holds on average, where the server counts them.
+        tokens_per_piece: Mean number of tokens of a piece, if the server counts them.
         loop_share: Share of the words of answers that repeat a passage for the third time or more.
-        repeated: Answers to the same prompt, the cold one and the warm one.
-        against: Answers of this server and the other one, where there is one.
-        refused_fields: Fields of requests that the server does not take.
+        repeated: Comparison of the cold and the warm answer to the same prompt.
+        against: Comparison of this server's answers with the other server's, if there is one.
+        refused_fields: Fields of requests that the server refuses.
     """
 
     model: str
@@ -86,13 +86,13 @@ def find_out(
     against: CompletionsClient | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> Behaviour:
-    """Asks a server each of some prompts twice, and another server once.
+    """Sends each of some prompts twice to a server, and once to another server.
 
     Args:
         client: The server.
-        workload: About as many words in a prompt as it has prompt tokens, its new tokens, and a
-            prompt for each repeat. A batch is not asked at once.
-        text: The text that prompts are taken from.
+        workload: Its prompt tokens are the approximate words of a prompt, its new tokens the tokens
+            of an answer, and its repeats the number of prompts. Its batch is not used.
+        text: The text from which prompts are taken.
         against: A server of the same model, such as one without speculation.
         on_prompt: Progress.
 
@@ -131,7 +131,7 @@ def find_out(
 
 
 def loop_share(text: str) -> float:
-    """Returns the share of words that repeat a passage for the third time or more, on end."""
+    """Returns the share of words in the third or later consecutive repetition of a passage."""
     words = text.split()
     in_loop = [False] * len(words)
     for period in range(1, min(_MAX_PERIOD, len(words) // _MIN_REPETITIONS) + 1):
@@ -161,7 +161,7 @@ def _common(a: str, b: str) -> int:
 
 
 def _prompts(workload: Workload, text: str) -> Iterator[str]:
-    """Yields a passage of the text for each repeat, with a salt in front."""
+    """Yields a passage of the text for each repeat, after a salt."""
     words, n = text.split(), workload.prompt_tokens
     for i in range(workload.repeats):
         start = i * n % max(1, len(words) - n)

@@ -1,7 +1,7 @@
-"""Hugging Face transformers: its ``generate``, eager or with the compilation that it has itself.
+"""Hugging Face transformers: its ``generate``, eager or with its own compilation.
 
-Every token is on the host before the next step begins, as for anybody who streams from it: that is
-how a streamer of transformers works. The weights of a GGUF file are dequantized by hotloop.
+Every token is on the host before the next step begins, as in any use of a streamer of transformers.
+The weights of a GGUF file are dequantized by hotloop.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TransformersEngine:
     Args:
         config: The configuration.
         transformers: The library.
-        setup: The model, device and element type, as hotloop resolves them.
+        setup: The model, device and element type, as resolved by hotloop.
     """
 
     def __init__(self, config: EngineConfig, transformers: Any, setup: Setup) -> None:
@@ -77,11 +77,11 @@ class TransformersEngine:
         self._warmup_s = time.perf_counter() - started
 
     def _generation_options(self, transformers: Any) -> dict[str, Any]:
-        """Returns the options of ``generate`` that make it compile, with a cache of fixed size."""
+        """Returns the options with which ``generate`` compiles, with a cache of fixed size."""
         if self._execution == "eager":
             return {}
         compiled = transformers.CompileConfig()
-        compiled._compile_all_devices = True  # on a CPU too, where it would not by itself
+        compiled._compile_all_devices = True  # on a CPU too, where it does not compile by default
         options = {"cache_implementation": "static", "compile_config": compiled}
         if hasattr(self._model.generation_config, "max_cache_len"):
             options["max_cache_len"] = self._setup.n_positions
@@ -124,7 +124,7 @@ class TransformersEngine:
         return self._tokens.encode(text)
 
     def describe(self) -> EngineDescription:
-        """Describes the model, its parameters counted as they lie in memory."""
+        """Describes the model, with its parameters as counted in memory."""
         embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         weights = list(self._model.parameters())
         n_bytes = sum(weight.nbytes for weight in weights)
@@ -170,7 +170,7 @@ class TransformersEngine:
 
 
 class _Clock:
-    """A streamer of transformers: the tokens of each step, and when they were on the host."""
+    """A streamer of transformers that records the tokens of each step, and their times."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -186,7 +186,7 @@ class _Clock:
         self.tokens.append(value)
 
     def end(self) -> None:
-        """Is called after the last token."""
+        """Does nothing; transformers calls it after the last token."""
 
 
 def _load(transformers: Any, setup: Setup, seed: int) -> Any:
@@ -229,7 +229,7 @@ def _model_config(transformers: Any, setup: Setup) -> Any:
 
 
 def _copy_weights(model: Any, setup: Setup) -> None:
-    """Copies the weights of a GGUF file, for which transformers itself needs another library."""
+    """Copies the weights of a GGUF file, which transformers reads only with another library."""
     import torch
 
     tied = {"lm_head.weight"} if setup.model.tie_embeddings else set()
@@ -255,7 +255,7 @@ def create(config: EngineConfig) -> TransformersEngine:
 
 
 def check(config: EngineConfig) -> None:
-    """Refuses what transformers cannot do, before anything is loaded."""
+    """Refuses configurations that transformers does not support, before anything is loaded."""
     check_levers(
         config,
         takes=("device", "dtype"),
@@ -264,7 +264,7 @@ def check(config: EngineConfig) -> None:
 
 
 def settle(config: EngineConfig) -> EngineConfig:
-    """Fills in what ``auto`` stands for."""
+    """Resolves ``auto``."""
     execution = "eager" if config.execution == "auto" else config.execution
     return replace(config, execution=execution)
 

@@ -1,8 +1,9 @@
-"""vLLM's offline engine, stepped as its own ``LLM.generate`` steps it, so that each token is timed.
+"""vLLM's offline engine, stepped as in its own ``LLM.generate``, so that each token is timed.
 
-Its torch is another than hotloop's, so it has an interpreter of its own. It reads checkpoints in
-their own quantization; with random weights the shape gets the quantization that is asked for.
-Prompts are in no prefix cache, and memory is what vLLM is told to reserve, which says nothing.
+It needs another version of torch than hotloop, so it has an interpreter of its own. It reads
+checkpoints in their own quantization; with random weights, the shape gets the requested
+quantization. The prefix cache is off. Memory is not measured: vLLM reserves as much as it is told
+to.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from hotloop.engine.setup import Setup
 
 TOP_K = 20
-"""Most likely tokens at each position that scores are made of; vLLM's default maximum."""
+"""The number of most likely tokens at each position that scores use; vLLM's default maximum."""
 
 _CONFIG = "config.json"
 
@@ -57,7 +58,7 @@ _SPEED_VARIABLES = (
     "VLLM_USE_FLASHINFER_SAMPLER",
     "VLLM_WORKER_MULTIPROC_METHOD",
 )
-"""Variables of its environment that change what runs; others can hold keys and paths."""
+"""Environment variables that change how it runs; other variables may hold keys and paths."""
 
 
 class VllmEngine:
@@ -66,7 +67,7 @@ class VllmEngine:
     Args:
         config: The configuration.
         vllm: The library.
-        setup: The model and element type, as hotloop resolves them.
+        setup: The model and element type, as resolved by hotloop.
     """
 
     def __init__(self, config: EngineConfig, vllm: Any, setup: Setup) -> None:
@@ -94,7 +95,7 @@ class VllmEngine:
         self._load_s = time.perf_counter() - started
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
-        """Answers every prompt, all at once; a token's time is that of the step that gave it."""
+        """Answers every prompt, all at once; a token's time is the end of its step."""
         started = time.perf_counter()
         ids, engine = self._tokens.prompts(prompts, params), self._llm.llm_engine
         names = list(itertools.islice(self._names, len(ids)))
@@ -125,7 +126,7 @@ class VllmEngine:
         )
 
     def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
-        """Scores windows by the most likely tokens that vLLM gives; never whole distributions."""
+        """Scores windows by the most likely tokens that vLLM returns; never whole distributions."""
         for window in windows:
             check_window(window, self._setup.n_positions)
             params = self._sampling.SamplingParams(
@@ -170,7 +171,7 @@ class VllmEngine:
         )
 
     def meter(self) -> AbstractContextManager[PeakMemory]:
-        """Measures nothing: vLLM reserves what it is told to, whatever it needs."""
+        """Measures nothing: vLLM reserves as much memory as it is told to."""
         return UnknownMemory()
 
     def close(self) -> None:
@@ -183,7 +184,7 @@ class VllmEngine:
 
 
 def _options(config: EngineConfig, setup: Setup) -> dict[str, Any]:
-    """Returns the arguments of ``vllm.LLM`` but the model's path."""
+    """Returns the arguments of ``vllm.LLM``, without the model's path."""
     return {
         "skip_tokenizer_init": True,
         "dtype": _name(setup.dtype),
@@ -208,7 +209,7 @@ def _name(dtype: Any) -> str:
 
 
 def _write_description(folder: Path, config: EngineConfig, setup: Setup) -> Path:
-    """Writes the ``config.json`` of random weights, with the quantization that is asked for."""
+    """Writes the ``config.json`` of random weights, with the requested quantization."""
     if setup.path is None:
         from hotloop.models.shapes import shape
 
@@ -251,11 +252,11 @@ _QUANTIZATIONS: Mapping[str, dict[str, Any]] = {
     **{f"int4-g{size}": _gptq(4, size) for size in _GROUPS},
     "int8": _gptq(8, -1),
 }
-"""vLLM's quantizations that store what a scheme of hotloop does."""
+"""vLLM's quantizations with the number format of a scheme of hotloop."""
 
 
 def _stored_scheme(quantization: Mapping[str, Any] | None) -> str:
-    """Names the scheme of hotloop that a checkpoint's quantization is like."""
+    """Names the scheme of hotloop with a checkpoint's number format."""
     if quantization is None:
         return "none"
     told = {key: value for key, value in quantization.items() if value is not None}
@@ -270,7 +271,7 @@ def create(config: EngineConfig) -> VllmEngine:
     """Loads the engine.
 
     Raises:
-        UnsupportedError: vLLM is not installed, or cannot run the model so.
+        UnsupportedError: vLLM is not installed, or does not support the configuration.
     """
     vllm = library(config, "vllm", "vllm")
     check(config)
@@ -281,7 +282,7 @@ def create(config: EngineConfig) -> VllmEngine:
 
 
 def _check_checkpoint(config: EngineConfig, setup: Setup) -> None:
-    """Refuses a checkpoint that is not in the quantization that is asked for."""
+    """Refuses a checkpoint that does not have the requested quantization."""
     assert setup.path is not None, "a checkpoint has a path"
     if not setup.path.is_dir():
         raise UnsupportedError(
@@ -300,7 +301,7 @@ def _check_checkpoint(config: EngineConfig, setup: Setup) -> None:
 
 
 def check(config: EngineConfig) -> None:
-    """Refuses what vLLM cannot do, before anything is loaded."""
+    """Refuses configurations that vLLM does not support, before anything is loaded."""
     check_levers(
         config,
         takes=("dtype", "tensor_parallel"),
@@ -312,7 +313,7 @@ def check(config: EngineConfig) -> None:
 
 
 def settle(config: EngineConfig) -> EngineConfig:
-    """Fills in what ``auto`` stands for."""
+    """Resolves ``auto``."""
     return replace(config, execution=_execution(config))
 
 

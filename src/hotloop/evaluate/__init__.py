@@ -1,1 +1,1 @@
-"""Quality: perplexity, divergence from a reference, and their statistics."""
+"""Measures quality: perplexity, divergence from a reference, tasks, and their statistics."""

@@ -1,8 +1,8 @@
 """Compares greedy answers with the same engine's scores.
 
-Scoring has no drafts, no sampling and no cache that grows token by token. So what the timed engine
-generates is scored afterwards: every token should be the one that scoring holds most likely, but
-for near-ties that the order of additions decides.
+Scoring uses no drafts, no sampling and no cache that grows token by token. So the answers of the
+timed engine are scored afterwards: every token should be the most likely one, except for near-ties,
+which the order of additions decides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def greedy_agreement(
     windows: Sequence[Sequence[int]],
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> GreedyFigures | None:
-    """Continues the beginnings of some windows greedily, and scores what was written.
+    """Continues the beginnings of some windows greedily, and scores the answers.
 
     Args:
         engine: The engine, as it is timed.
@@ -48,7 +48,7 @@ def greedy_agreement(
         assert scored is not None, "the engine was asked for whole distributions and gave none"
         gaps = scored[-n:].amax(dim=-1) - score.token_logprobs[-n:]
         gap_max = max(gap_max, gaps.max().item())
-        same.append(int((gaps <= 0).sum()))  # of equally likely tokens, any may be generated
+        same.append(int((gaps <= 0).sum()))  # any of equally likely tokens may be generated
         trials.append(n)
         if on_prompt:
             on_prompt(i + 1, len(texts))

@@ -1,8 +1,8 @@
 """Tasks of lm-eval, answered through its Python interface (extra ``hotloop[eval]``).
 
-lm-eval loads the data, writes the prompts and decides what is right; ``harness_model`` is its
-model. Its comparison of two models is an unpaired test and is not used: a task gives right and
-wrong answers, which ``evaluate.tasks`` compares item by item. lm-eval is imported when it is used.
+lm-eval loads the data, writes the prompts and judges the answers; ``harness_model`` is its model.
+Its comparison of two models is an unpaired test and is not used: a task yields right and wrong
+answers, which ``evaluate.tasks`` compares item by item. lm-eval is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MAX_FILE_BYTES = 2**24
 """The largest YAML file of a task."""
 
 METRICS = ("acc", "exact_match", "pass@1")
-"""Metrics of an item that are 1 where it is right and 0 where it is wrong, the preferred first."""
+"""Metrics of an item that are 1 for a right and 0 for a wrong answer, in order of preference."""
 
 
 def load(argument: str, n_items: int | None) -> HarnessTask:
-    """Makes a task of lm-eval, as ``TaskLoader`` says.
+    """Makes a task of lm-eval; see ``TaskLoader``.
 
     Args:
         argument: lm-eval's name of a task or group, or the path of a task's YAML file.
@@ -58,7 +58,7 @@ def load(argument: str, n_items: int | None) -> HarnessTask:
 
 
 def is_file(argument: str) -> bool:
-    """Tells whether a task is named by its YAML file."""
+    """Tells whether an argument is the path of a YAML file."""
     return argument.endswith((".yaml", ".yml"))
 
 
@@ -90,7 +90,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class _TagsIgnored(yaml.SafeLoader):
-    """Reads lm-eval's files, whose tag ``!function`` names Python code, without that code."""
+    """Reads lm-eval's files, and ignores the tag ``!function``, which names Python code."""
 
 
 _TagsIgnored.add_multi_constructor("!", lambda _loader, _suffix, _node: None)
@@ -101,11 +101,11 @@ class HarnessTask:
     """A task of lm-eval; a ``Task``.
 
     Attributes:
-        name: Its name in records: lm-eval's, or that of its file.
-        spec: What lm-eval is asked for: the name, or the file's path.
+        name: Its name in records: lm-eval's name, or the name of its file.
+        spec: The argument for lm-eval: the name, or the file's path.
         n_items: The most items to take; None for all.
-        content: Hashes of its file and data, where it is a file.
-        chance: The accuracy of guessing, which lm-eval tells with the answers; None before.
+        content: Hashes of its file and data, if it is a file.
+        chance: The accuracy of guessing, which is known with the answers; None before.
     """
 
     name: str
@@ -157,7 +157,7 @@ class HarnessTask:
 def chance_of(
     samples: Mapping[str, Sequence[dict[str, Any]]], configs: Mapping[str, dict[str, Any]]
 ) -> float:
-    """Computes the accuracy of guessing: one in so many choices, and none without choices.
+    """Computes the accuracy of guessing: 1 / number of choices, or 0 without choices.
 
     Args:
         samples: lm-eval's samples of each task.
@@ -174,12 +174,12 @@ def chance_of(
 
 
 def right_answers(name: str, samples: dict[str, Sequence[dict[str, Any]]]) -> list[bool]:
-    """Returns which items are right, by the first of ``METRICS`` that they have.
+    """Returns for each item whether its answer is right, by the first of ``METRICS`` that it has.
 
     Args:
         name: The name of the task or group, for the error.
-        samples: lm-eval's samples of each task. An item is there once for each filter of its
-            answer, of which the first counts.
+        samples: lm-eval's samples of each task. An item occurs once for each filter of its answer;
+            the first filter counts.
 
     Raises:
         ConfigError: The items have none of the metrics, or there are none.

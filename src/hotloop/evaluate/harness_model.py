@@ -2,11 +2,11 @@
 
     lm_eval.simple_evaluate(model=EngineLM(engine), tasks=["arc_easy"])
 
-Requests are tokenized as ``evaluate.likelihood`` says, which is how lm-eval's own Hugging Face
-backend does it, and results are the same, but for rounding. All requests of a kind go to the
-engine in one call, which may batch them. ``prefix_token_id`` is BOS where the model has one: the
-default of lm-eval's base class is the end-of-sequence token, and models that never saw that token
-first lose most of their accuracy. Chat templates are not applied.
+Requests are tokenized by ``evaluate.likelihood``, in the same way as by lm-eval's own Hugging Face
+backend, and results are the same except for rounding. All requests of a kind go to the engine in
+one call, which may batch them. ``prefix_token_id`` is BOS if the model has one: the default of
+lm-eval's base class is the end-of-sequence token, and models that were never trained with that
+token first lose most of their accuracy. Chat templates are not applied.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from hotloop.evaluate.likelihood import TextEncoder, Window, rolling_windows, sc
 from hotloop.types import Engine, SamplingParams
 
 MAX_NEW_TOKENS = 256
-"""Tokens of an answer for which a task sets no limit, as in lm-eval's own backends."""
+"""The most tokens of an answer if the task sets no limit, as in lm-eval's own backends."""
 
 
 class EngineLM(TemplateLM):
-    """An engine as lm-eval's model: log-likelihoods, rolling ones, and generation.
+    """An engine as lm-eval's model: log-likelihoods, rolling log-likelihoods, and generation.
 
     Args:
         engine: Any engine of the ``Engine`` protocol.
@@ -47,7 +47,7 @@ class EngineLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The most tokens that a prediction is made from; the predicted one comes after them."""
+        """The most tokens before a predicted token."""
         return self._max_tokens - 1
 
     @property
@@ -58,7 +58,7 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has nothing before it: BOS where the model has one."""
+        """The token at the beginning of a text without context: BOS if the model has one."""
         return self._encoder.prefix_id
 
     def tok_encode(
@@ -98,7 +98,7 @@ class EngineLM(TemplateLM):
         requests: list[Instance],
         disable_tqdm: bool = False,  # noqa: ARG002
     ) -> list[str]:
-        """Answers prompts, all of one set of options in one call of the engine.
+        """Answers prompts; all with the same options in one call of the engine.
 
         Raises:
             RequestError: A task asks for more new tokens than the context holds.

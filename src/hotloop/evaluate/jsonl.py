@@ -1,4 +1,4 @@
-r"""Tasks from local files: one JSON object a line, in one of three forms.
+r"""Tasks from local files: one JSON object per line, in one of three forms.
 
     {"query": "Question: ...", "choices": ["...", "..."], "gold": 0}
         Multiple choice: right if the choice ``gold``, counted from 0, is the likeliest one after
@@ -8,9 +8,9 @@ r"""Tasks from local files: one JSON object a line, in one of three forms.
     {"context": "...", "continuation": "..."}
         Cloze: right if every token of the continuation is the most likely one after the context.
 
-``delimiter`` joins the two texts: a space by default, and ``"\nAnswer: "`` after a query. A file
-has one form, and an item that it repeats is one item: answers to it are not independent.
-Likelihoods are sums over tokens, and not divided by a length.
+``delimiter`` joins the two texts: a space by default, and ``"\nAnswer: "`` after a query. All items
+of a file have one form. A repeated item counts once, since its answers are not independent.
+Likelihoods are sums over tokens, not divided by a length.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Item(StrictModel):
         return 1 / len(self.pairs)
 
     def is_right(self, scores: Sequence[Likelihood]) -> bool:
-        """Tells from the scores of ``pairs`` whether the answer is right."""
+        """Returns whether the answer is right, by the scores of ``pairs``."""
         raise NotImplementedError
 
 
@@ -67,7 +67,7 @@ class _Choosing(Item):
         return self
 
     def is_right(self, scores: Sequence[Likelihood]) -> bool:
-        """The first of the likeliest options is the answer."""
+        """See ``Item``. The answer is the first of the likeliest options."""
         best = max(range(len(scores)), key=lambda i: scores[i].logprob)
         return best == self.gold
 
@@ -110,16 +110,16 @@ class Cloze(Item):
 
     @property
     def chance(self) -> float:
-        """Nobody guesses a word of tens of thousands."""
+        """See ``Item``. It is 0: there are tens of thousands of words."""
         return 0.0
 
     def is_right(self, scores: Sequence[Likelihood]) -> bool:
-        """Greedy decoding would write the continuation."""
+        """See ``Item``. The answer is right if greedy decoding would write the continuation."""
         return scores[0].is_greedy
 
 
 FORMS = {"choices": Choice, "context_options": WhichContext, "context": Cloze}
-"""Each form by a key that it alone has."""
+"""The forms, each by a key that only it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class ItemTask:
 
     @property
     def sha256(self) -> str:
-        """Hash of the items, however their file was laid out."""
+        """Hash of the items, independent of the layout of their file."""
         text = "\n".join(item.model_dump_json() for item in self.items)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -157,11 +157,11 @@ class ItemTask:
 
 
 def load(argument: str, n_items: int | None) -> ItemTask:
-    """Reads a task from a file, as ``TaskLoader`` says.
+    """Reads a task from a file; see ``TaskLoader``.
 
     Raises:
-        ConfigError: No file is named, or it cannot be read or is not of this schema; the line is
-            named.
+        ConfigError: No file is named, it cannot be read, or a line does not match the schema; the
+            message names the line.
     """
     if not argument:
         raise ConfigError("the task 'jsonl' needs a file: give jsonl:PATH, or a path in .jsonl.")
@@ -203,5 +203,5 @@ def _distinct(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _joined(context: str, delimiter: str, continuation: str) -> tuple[str, str]:
-    """Joins two texts, without doubling the white space where they meet."""
+    """Joins two texts, without doubling the white space between them."""
     return context.rstrip() + delimiter, continuation.lstrip()

@@ -1,9 +1,9 @@
 """Scores texts that continue other texts, through the ``Engine`` protocol.
 
-A pair of texts is tokenized as lm-eval does it: as one text, whose tokens after those of the
-context alone are the continuation's; spaces at the end of the context belong to the continuation.
-A BOS token comes first if the model's own tokenizer puts one before a text, and before a
-continuation without context, which needs something to follow; a model without BOS has its
+A pair of texts is tokenized as in lm-eval: as one text, of which the tokens after those of the
+context alone are the continuation's; spaces at the end of the context belong to the continuation. A
+BOS token comes first if the model's own tokenizer puts one before a text. A continuation without
+context always gets one, since its first token needs a preceding token; a model without BOS has its
 end-of-sequence token there.
 """
 
@@ -19,7 +19,7 @@ from hotloop.types import Engine, Score
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Token ids of which the last ``n_scored`` are scored, each given all before it."""
+    """Token ids. The last ``n_scored`` are scored, each given all earlier tokens."""
 
     ids: tuple[int, ...]
     n_scored: int
@@ -44,7 +44,7 @@ class Likelihood:
 
 
 class TextEncoder:
-    """Tokenizes for an engine, with BOS where the model expects it.
+    """Tokenizes for an engine, with BOS if the model expects it.
 
     Args:
         engine: The engine.
@@ -66,7 +66,7 @@ class TextEncoder:
 
     @property
     def prefix_id(self) -> int:
-        """The token before a text that has nothing before it.
+        """The token at the beginning of a text without context.
 
         Raises:
             UnsupportedError: The model has neither BOS nor an end-of-sequence token.
@@ -82,7 +82,7 @@ class TextEncoder:
         return described.eos_ids[0]
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Tokenizes a text; with BOS, if it is to be added and the model's tokenizer adds it."""
+        """Tokenizes a text, with BOS if it is requested and the model's tokenizer adds it."""
         ids = self._engine.encode(text)
         return [*self._begin, *ids] if add_special else ids
 
@@ -90,7 +90,7 @@ class TextEncoder:
         """Tokenizes a continuation after its context, which can be empty.
 
         Raises:
-            ConfigError: The continuation has no token of its own.
+            ConfigError: The continuation has no tokens.
         """
         if not context:
             ids = self.encode(continuation, add_special=False)
@@ -111,7 +111,7 @@ class TextEncoder:
         return self.window(before, after)
 
     def window(self, before: Sequence[int], after: Sequence[int]) -> Window:
-        """Makes a window of tokens to score after others, cut from the left if it is too long.
+        """Makes a window of tokens to score after context tokens, cut on the left to its limit.
 
         Raises:
             ConfigError: The tokens to score are more than a window holds.
@@ -127,15 +127,15 @@ class TextEncoder:
 
 
 def rolling_windows(ids: Sequence[int], prefix_id: int, size: int) -> list[Window]:
-    """Divides a document into windows, each token of which is scored once.
+    """Divides a document into windows that score each token once.
 
-    The protocol of lm-eval's ``loglikelihood_rolling``: the first window begins with the prefix
-    token, each other one with the last token of the one before; the last one is filled up with
-    tokens that were scored already.
+    It is the protocol of lm-eval's ``loglikelihood_rolling``: the first window begins with the
+    prefix token, and each later window with the last token of the window before; the last window is
+    filled up with tokens that were scored already.
 
     Args:
         ids: The document's tokens.
-        prefix_id: The token before the first one.
+        prefix_id: The token before the first token.
         size: The most tokens of a window, 2 or more.
     """
     stream = (prefix_id, *ids)

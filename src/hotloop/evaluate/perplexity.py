@@ -1,14 +1,14 @@
-"""Perplexity by the protocols of other tools, so that their figures can be compared with ours.
+"""Perplexity by the protocols of other tools, to compare with their figures.
 
 ``gptq``, the protocol of all paired figures, is in ``quality``. The others:
 
-- ``llama.cpp`` (its ``llama-perplexity``): windows without overlap, each of which begins with BOS
+- ``llama.cpp`` (its ``llama-perplexity``): windows without overlap, each with BOS at the beginning
   if the tokenizer adds one; only predictions in the second half of a window count.
 - ``lm-eval`` (its ``wikitext`` and other ``loglikelihood_rolling`` tasks): every token of a
-  document counts once, the first after a prefix token. Two figures: the likelihood is shared out
-  over words (divided at white space) or over bytes, so that tokenizers can be compared.
+  document counts once, the first after a prefix token. There are two figures, per word (divided at
+  white space) and per byte, so that tokenizers can be compared.
 
-A figure is exp of the mean negative log-likelihood, its interval clustered by window.
+A figure is exp of the mean negative log-likelihood, and its interval is clustered by window.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ def perplexities(
     limit: int,
     on_window: OnWindow | None = None,
 ) -> dict[str, Figure]:
-    """Measures perplexity by each protocol but ``gptq``.
+    """Measures perplexity by each protocol except ``gptq``.
 
     Args:
         engine: The engine.
-        text: The text, from the beginning of which as many tokens are taken as windows hold.
+        text: The text; as many tokens as fill the windows are taken from its beginning.
         protocols: The protocols.
         size: Tokens of a window.
         limit: The most windows.
         on_window: Progress.
 
     Returns:
-        ``llama.cpp``, ``lm-eval word`` and ``lm-eval byte``, as far as they were asked for.
+        ``llama.cpp``, ``lm-eval word`` and ``lm-eval byte``, as far as they were requested.
     """
     figures: dict[str, Figure] = {}
     encoder = TextEncoder(engine, size)
@@ -75,10 +75,11 @@ def perplexities(
 def perplexity_of(nll: Figure) -> Figure:
     """Returns the exponential of a mean negative log-likelihood.
 
-    The standard error is by the delta method; the interval and the samples are carried over by exp.
+    The standard error is computed by the delta method; exp is applied to the interval and the
+    samples.
 
     Raises:
-        HotloopError: A perplexity would be beyond what a record can hold.
+        HotloopError: A perplexity exceeds the largest number of a record.
     """
     if (worst := max(nll.samples)) > MAX_NLL:
         raise HotloopError(
@@ -106,7 +107,7 @@ def _second_halves(encoder: TextEncoder, text: str, size: int, limit: int) -> li
 def _nll(
     engine: Engine, windows: Sequence[Window], on_window: OnWindow | None
 ) -> tuple[list[float], list[int]]:
-    """Returns the sum of negative log-likelihoods of each window, and its scored tokens."""
+    """Returns each window's sum of negative log-likelihoods, and number of scored tokens."""
     sums = []
     for i, score in enumerate(score_windows(engine, windows), start=1):
         sums.append(-score.logprob)
@@ -116,6 +117,6 @@ def _nll(
 
 
 def _perplexity(sums: Sequence[float], sizes: Sequence[int], *, per: float = 1.0) -> Figure:
-    """Returns the perplexity of tokens, or of units of which there are ``1 / per`` as many."""
+    """Returns the perplexity per token, or per unit, with ``1 / per`` units per token."""
     scaled = [nll * per for nll in sums]
     return perplexity_of(clustered_mean_figure(scaled, sizes, within=(-MAX_NLL, MAX_NLL)))

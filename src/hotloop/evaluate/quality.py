@@ -1,13 +1,13 @@
-"""Measures the quality of an engine's predictions, alone and against the unquantized model's.
+"""Measures the quality of an engine's predictions, alone and against the unquantized model.
 
-Perplexity alone is a blunt tool: text differs far more between windows than a quantization changes
-any of them. So the comparison is paired: both models predict the same tokens from the same windows,
-and the figure is the difference per window. KL divergence looks at the whole distribution and sees
-a change that the one correct token hides.
+Perplexity alone is insensitive: windows of text differ far more than a quantization changes any of
+them. So the comparison is paired: both models predict the same tokens of the same windows, and the
+figure is the difference per window. KL divergence uses the whole distribution, and shows changes
+that do not affect the correct token.
 
 All windows are of equal length, so the mean of their means is the mean over all predictions, and
-the interval over windows is clustered by window (see ``bench.statistics``). It is about more text
-of the same kind; another kind of text can give another answer. Sums are in float64.
+the interval over windows is clustered by window (see ``bench.statistics``). It applies to further
+text of the same kind; other kinds of text can give other results. Sums are in float64.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ DEPTHS = (1024, 8192, 32768)
 """Positions that divide long windows into the parts of ``Quality.by_depth``."""
 
 MAX_FLOOR_TOKENS = 512
-"""The most tokens of a window's beginning that are scored twice; half a window, if that is less."""
+"""The most tokens at the beginning of a window that are scored twice; half a window, if that is
+less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,27 +51,27 @@ class Quality:
     """Quality of an engine's predictions. Samples are windows; logarithms are natural.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood per token. Its samples are each window's
-            perplexity and their geometric mean is its mean; its standard error is by the delta
-            method, and its interval that of the mean logarithm, carried over by exp.
-        delta_ln_ppl: ln perplexity less the reference's, paired by window; above 0 is worse.
-        kl_mean: KL(reference || model) per predicted token, in nats; its interval is that of the
-            mean's logarithm.
+        perplexity: exp of the mean negative log-likelihood per token. Its samples are the windows'
+            perplexities, and its mean is their geometric mean. Its standard error is computed by
+            the delta method, and its interval is exp of the interval of the mean logarithm.
+        delta_ln_ppl: ln perplexity minus the reference's, paired by window; above 0 is worse.
+        kl_mean: KL(reference || model) per predicted token, in nats; its interval is computed for
+            the logarithm of the mean.
         kl_median: The median of the KL divergence over all predicted tokens.
         kl_p90: Its 90 % quantile.
         kl_p95: Its 95 % quantile.
         kl_p99: Its 99 % quantile.
         kl_p99_9: Its 99.9 % quantile.
-        kl_max: The largest over all predicted tokens.
-        kl_at_least: In place of all of these, a lower bound of the mean for an engine that gives no
-            more than the probabilities of a few most likely tokens: the divergence that remains
-            when all other tokens count as one.
-        delta_p: Probability of the text's token less the reference's, in -1 to 1.
-        delta_p_rms: Root mean square of that over all predicted tokens.
-        same_top1: Share of positions at which both models hold the same token most likely.
+        kl_max: The maximum over all predicted tokens.
+        kl_at_least: In place of these figures, for an engine that returns only the probabilities of
+            a few most likely tokens: a lower bound of the mean, with all other tokens taken as one.
+        delta_p: The probability of the text's token minus the reference's, in -1 to 1.
+        delta_p_rms: Root mean square of that difference over all predicted tokens.
+        same_top1: Same-top-1 rate: the share of positions at which both models have the same most
+            likely token.
         kl_floor: The reference's divergence from itself; see ``Reference.floor``.
-        by_depth: The same figures by position in the window, where windows are longer than the
-            first of ``DEPTHS``.
+        by_depth: The same figures by position in the window, if windows are longer than the first
+            of ``DEPTHS``.
     """
 
     perplexity: Figure
@@ -97,9 +98,9 @@ def measure_quality(
     reference: Reference | None = None,
     on_window: OnWindow | None = None,
 ) -> Quality:
-    """Scores every window with ``engine`` and compares with ``reference`` where there is one.
+    """Scores every window with ``engine``, and compares with ``reference`` if there is one.
 
-    One window's distributions are in memory at a time, as far as this function is concerned.
+    This function keeps only one window's distributions in memory at a time.
 
     Args:
         engine: The engine, as it was timed.
@@ -108,8 +109,8 @@ def measure_quality(
         on_window: Progress.
 
     Raises:
-        ConfigError: No windows, windows of unequal length, or a reference of other windows.
-        HotloopError: The engine's predictions hold infinities or are not numbers.
+        ConfigError: There are no windows, their lengths differ, or the reference has other windows.
+        HotloopError: The engine's predictions are infinite or not numbers.
     """
     _check_windows(windows)
     if reference is not None and reference.windows_sha256 != hash_windows(windows):
@@ -197,12 +198,11 @@ def write_reference(
 ) -> Reference:
     """Scores every window with the unquantized ``engine``, writes the reference and opens it.
 
-    The beginnings of some windows are scored twice: the same predictions by products of other
-    shapes. Their divergence from what is kept is the floor, below which no difference means a
-    thing.
+    The beginnings of some windows are scored twice: the same predictions, by matrix products of
+    other shapes. The divergence of the two is the floor; differences below it mean nothing.
 
     Raises:
-        ConfigError: No windows, windows of unequal length, or others than ``key`` says.
+        ConfigError: There are no windows, their lengths differ, or they contradict ``key``.
         HotloopError: The disk is too full, or a prediction is infinite or not a number.
     """
     _check_windows(windows)
@@ -231,7 +231,7 @@ def kl_divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
     """Computes KL(p || q) = sum over V of p (ln p - ln q), in nats, float64 [T].
 
     Rows are normalized here, so each may be shifted by a constant, if exp does not overflow. Terms
-    are float32, their sums float64: rounding a constant away in float32 would show as a divergence
+    are float32, and their sums float64: with sums in float32, rounding would show as a divergence
     of about 1e-7.
 
     Args:
@@ -243,7 +243,7 @@ def kl_divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
         return x_TV.sum(dim=-1, dtype=torch.float64)
 
     p_TV = log_p_TV.exp()
-    # 0 (ln 0 - ln q) is 0 by continuity, where the arithmetic says NaN.
+    # 0 (ln 0 - ln q) is 0 by continuity; the arithmetic gives NaN.
     terms_TV = torch.where(p_TV > 0, p_TV * (log_p_TV - log_q_TV), 0)
     p_sum, q_sum = total(p_TV), total(log_q_TV.exp())
     return total(terms_TV) / p_sum - p_sum.log() + q_sum.log()
@@ -280,7 +280,7 @@ def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:
 
 
 def _coarse_kl(top: tuple[Tensor, Tensor], reference: Reference, index: int, rows: slice) -> Tensor:
-    """Computes the KL divergence with all tokens but ``top`` taken as one: a lower bound."""
+    """Computes the KL divergence with all tokens except ``top`` taken as one: a lower bound."""
     ids_TK, log_q_TK = (part[rows].cpu() for part in top)
     log_p_TV = torch.log_softmax(reference.log_probs(index, rows), dim=-1)
     log_p_TK = log_p_TV.gather(1, ids_TK)

@@ -1,20 +1,20 @@
-"""The unquantized model's predictions on disk, for other processes to compare theirs with.
+"""Stores the unquantized model's predictions on disk, so that other processes can compare theirs.
 
-Every cell of a sweep runs in its own process, and two models rarely fit beside each other, so the
-reference is scored once and its whole distributions are kept: one safetensors file, memory-mapped
-when read, with
+Every cell of a sweep runs in its own process, and two models rarely fit into memory together. So
+the reference is scored once, and its whole distributions are stored in one safetensors file,
+memory-mapped when read, with
 
 - ``log_probs`` float16 [n_predictions, V]: log-probabilities minus the row's maximum,
 - ``token_logprobs`` float32 [n_predictions] and ``top1`` int64 [n_predictions], exact,
 - ``floor`` float32 [n_floor]: the reference's divergence from itself, see ``Reference``,
 
-and in its metadata the key of the model and text that it is the reference of. Subtracting the row's
-maximum puts float16's resolution where the probability is; normalization after reading restores the
-constant. The rounding is a divergence of the file from its own source of below 1e-6 nats on
-distributions such as language models have, against 1e-4 and more for the mildest quantization.
+and, in its metadata, the key of the model and text. Since the row's maximum is subtracted, float16
+has its finest resolution at the most probable tokens; normalization after reading restores the
+constant. For distributions of language models, the divergence of the file from its source, by
+rounding, is below 1e-6 nats; the mildest quantization causes 1e-4 or more.
 
-The file is written under another name and renamed when complete, so that a half-written one is
-never read.
+The file is written under another name and renamed when it is complete, so that an incomplete file
+is never read.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ HEADER_BYTES = 2**12
 """Space for the header of a reference."""
 
 KEPT_FREE_BYTES = 2**28
-"""Bytes of a disk that a reference leaves free, for records and logs."""
+"""The fewest bytes of a disk that a reference must leave free, for records and logs."""
 
 MAX_FLOOR_WINDOWS = 4
-"""The most windows of which the first half is scored twice."""
+"""The most windows whose first half is scored twice."""
 
 _CHUNK_ELEMENTS = 2**20
-"""Distributions are handled this many elements at a time: a few MB for each intermediate."""
+"""Elements of distributions that are handled at a time: a few MB for each intermediate result."""
 
 
 class ReferenceKey(StrictModel):
@@ -60,8 +60,8 @@ class ReferenceKey(StrictModel):
 
     Attributes:
         weights: Hash that identifies the checkpoint.
-        dtype: Element type that the reference was computed in; None for any, as another engine is
-            compared with.
+        dtype: Element type of the reference's computation; None matches any, for the comparison of
+            other engines.
         vocab_size: Tokens in a distribution.
         text_sha256: Hash of the text.
         window: Tokens in a window.
@@ -77,12 +77,12 @@ class ReferenceKey(StrictModel):
 
     @property
     def n_predictions(self) -> int:
-        """Predictions over all windows: a window's first token is given, not predicted."""
+        """The number of predictions over all windows: a window's first token is only given."""
         return self.n_windows * (self.window - 1)
 
     @property
     def n_floor(self) -> int:
-        """Windows that are scored twice, for the floor."""
+        """The number of windows that are scored twice, for the floor."""
         return min(self.n_windows, MAX_FLOOR_WINDOWS)
 
 
@@ -108,12 +108,13 @@ class Reference:
             [n_windows, window - 1].
         top1: The most likely token at each position, int64 [n_windows, window - 1].
         floor: The mean KL divergence of the reference from itself, scored again in shorter windows,
-            float32 [n_floor]: what rounding alone gives.
+            float32 [n_floor]: the effect of rounding alone.
 
     Raises:
-        ConfigError: The file is the reference of something else; the first difference is named.
-        CheckpointError: The file is missing or damaged, or not a reference at all: no other error
-            comes of what the file holds.
+        ConfigError: The file is a reference with another key; the message names the first
+            difference.
+        CheckpointError: The file is missing, damaged or not a reference. The content of a file
+            causes no other error.
     """
 
     def __init__(self, path: Path, key: ReferenceKey) -> None:
@@ -163,7 +164,7 @@ class ReferenceWriter:
     """Writes a reference window by window: see :meth:`open`.
 
     Args:
-        path: The file to write. One that is there is replaced at the end.
+        path: The file to write. An existing file is replaced at the end.
         key: Its key.
         windows: The windows that will be added, in order.
 
@@ -239,7 +240,7 @@ def hash_windows(windows: Sequence[Sequence[int]]) -> str:
 
 
 def full_log_probs(score: Score, vocab_size: int) -> Tensor:
-    """Returns the whole distributions of a score, [T - 1, V], known to be of the right vocabulary.
+    """Returns the whole distributions of a score, [T - 1, V]; checks the vocabulary's size.
 
     Raises:
         ConfigError: The vocabulary is of another size.
@@ -252,7 +253,7 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
 
 
 def relative_half(log_probs_TV: Tensor) -> Tensor:
-    """Returns log-probabilities as they are kept: less the row's maximum, float16 [T, V]."""
+    """Returns log-probabilities in their stored form: minus the row's maximum, float16 [T, V]."""
     return (log_probs_TV - log_probs_TV.amax(dim=-1, keepdim=True)).half()
 
 
@@ -292,9 +293,9 @@ def _check_tensors(path: Path, file: Any, key: ReferenceKey) -> None:
 
 
 def _layout(key: ReferenceKey) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns the tensors of a reference, in the order they lie: their types and shapes.
+    """Returns types and shapes of a reference's tensors, in the order of the file.
 
-    The big one comes last, so that it streams and the others stay aligned.
+    The large tensor comes last, so that it can be streamed and the others stay aligned.
     """
     n, V = key.n_predictions, key.vocab_size
     return {

@@ -1,10 +1,10 @@
-"""Keeps references in the cache folder, of limited size, for every later command.
+"""Stores references in the cache folder, up to a limit, for all later commands.
 
-A reference is named after everything that decides it: the identity of the weights, the text and its
-windows, the element type, the versions of hotloop and torch. So a file that is there can be used,
-whichever sweep or evaluation made it. When the limit is exceeded, those that were unused for the
-longest go first; none goes while a command uses it, and one that alone is above the limit goes when
-the command that made it ends.
+The name of a reference has a hash of everything that determines it: the identity of the weights,
+the text and its windows, the element type, and the versions of hotloop and torch. So an existing
+file can be used, whichever sweep or evaluation made it. If the limit is exceeded, the least
+recently used references are removed first. A reference that a command uses is never removed; one
+that alone exceeds the limit is removed when the command that made it ends.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ReferenceStore:
     """The folder of references, in a ``with`` block whose end enforces the limit.
 
     Args:
-        folder: The folder; None for the one in the cache folder.
-        limit_bytes: The limit; None for the one that the user sets.
+        folder: The folder; None for the default in the cache folder.
+        limit_bytes: The limit; None for the user's setting.
 
     Raises:
         ConfigError: The user's limit is not a number of GB.
@@ -59,14 +59,14 @@ class ReferenceStore:
         self.trim()
 
     def hold(self, file: Path) -> None:
-        """Keeps a file, which may not be there yet, until the block ends, and notes its use."""
+        """Holds a file, which need not exist yet, until the block ends, and records its use."""
         lock = self._held.enter_context(opened_to_append(_lock_of(file)))
         fcntl.flock(lock, fcntl.LOCK_SH)
         with suppress(FileNotFoundError):
             os.utime(file)
 
     def trim(self) -> None:
-        """Removes unused files, the longest unused first, until the limit is met."""
+        """Removes unused files, the least recently used first, until the limit is met."""
         found = []
         for file in self._files():
             with suppress(FileNotFoundError):
@@ -92,7 +92,7 @@ def _lock_of(file: Path) -> Path:
 
 @contextmanager
 def _unused(file: Path) -> Iterator[bool]:
-    """Tells whether no command holds a file; none can hold it within the block."""
+    """Tells whether no command holds a file; within the block, no other command can."""
     with opened_to_append(_lock_of(file)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

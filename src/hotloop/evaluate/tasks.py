@@ -30,19 +30,20 @@ TASKS = {
     "lm-eval": "hotloop.evaluate.harness:load",
     "topics": "hotloop.evaluate.topics:load",
 }
-"""The registry: the name of a kind of task -> where its ``TaskLoader`` is."""
+"""The registry: name of a kind of task -> ``module:attribute`` of its ``TaskLoader``."""
 
 OnItem = Callable[[int, int], None]
 """Called with (items done, items in all)."""
 
 
 class Task(Protocol):
-    """A list of items, each of which a model answers rightly or wrongly.
+    """A list of items. A model's answer to each is right or wrong.
 
     Attributes:
         name: Its name in records.
-        sha256: Hash of everything that decides what is right: items, their order, the metric.
-        metric: What counts as right, such as ``acc``.
+        sha256: Hash of everything that determines the answers' correctness: items, their order, the
+            metric.
+        metric: The criterion of a right answer, such as ``acc``.
         chance: The accuracy of guessing; None if it is not known.
     """
 
@@ -56,7 +57,7 @@ class Task(Protocol):
         ...
 
     def answer(self, engine: Engine, on_item: OnItem) -> list[bool]:
-        """Answers every item; returns which answers are right, in the order of the items."""
+        """Answers every item; returns for each, in order, whether the answer is right."""
         ...
 
 
@@ -69,7 +70,7 @@ def load_task(text: str, n_items: int | None) -> Task:
     """Loads a task.
 
     Args:
-        text: As a user writes it; see the module.
+        text: The task, as a user writes it; see the module.
         n_items: The most items to take; None for all.
 
     Raises:
@@ -104,7 +105,7 @@ def load_tasks(texts: Sequence[str], n_items: int | None) -> list[Task]:
 
 
 def resolve_task(text: str, folder: Path) -> str:
-    """Makes the path of a task's file absolute: it is relative to ``folder``."""
+    """Makes the path of a task's file absolute; it is relative to ``folder``."""
     name, colon, argument = text.partition(":")
     if name == "jsonl" and colon:
         return f"jsonl:{(folder / argument).resolve()}"
@@ -130,11 +131,11 @@ def answer_tasks(engine: Engine, tasks: Sequence[Task], on_item: OnItem) -> list
 
 
 class AnswersKey(StrictModel):
-    """Identifies the answers of a reference: another value of any field is another reference.
+    """Identifies the answers of a reference; references differ if any field does.
 
     Attributes:
         weights: Identity of the checkpoint.
-        dtype: Element type that it ran in; None matches any.
+        dtype: Element type of its computation; None matches any.
         tasks: The hash of each task.
     """
 
@@ -144,7 +145,7 @@ class AnswersKey(StrictModel):
 
 
 class _Answers(StrictModel):
-    """The file of a reference's answers: for each task a text of 1 and 0, one per item."""
+    """The file of a reference's answers: for each task, a text of 1 and 0, one per item."""
 
     key: AnswersKey
     right: Annotated[tuple[Annotated[str, Field(pattern="^[01]+$")], ...], Field(strict=False)]
@@ -160,7 +161,7 @@ def read_answers(path: Path, key: AnswersKey) -> list[list[bool]]:
     """Reads the answers of a reference.
 
     Raises:
-        ConfigError: They are those of something else.
+        ConfigError: The answers have another key.
         CheckpointError: The file is missing or damaged.
     """
     limit = 2**28
@@ -183,9 +184,9 @@ def compare_tasks(
 ) -> tuple[tuple[TaskFigures, ...], Verdict | None]:
     """Compares answers with the reference's, task by task and over all tasks.
 
-    The margin of every comparison is ``MAX_ACCURACY_LOSS`` of the reference's accuracy. A task at
-    which the reference is not shown to be better than chance is flagged and left out of the
-    verdict: there is no accuracy in it to lose.
+    The margin of every comparison is ``MAX_ACCURACY_LOSS`` of the reference's accuracy. A task in
+    which the reference is not shown to be better than chance is flagged, and not part of the
+    verdict: there is no accuracy to lose.
 
     Returns:
         Each task's figures, and the verdict; None without a reference, or if every task is at

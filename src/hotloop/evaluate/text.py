@@ -1,8 +1,8 @@
-"""The text that quality is measured on.
+"""The text on which quality is measured.
 
 By default it is CPython's own help topics (``pydoc_data.topics``, 0.5 MB of English about Python),
-because every machine has them already and nothing needs to be downloaded. Any UTF-8 file will do;
-figures on different texts cannot be compared, so the text's name and hash stand in every record.
+because every machine has them, and nothing needs to be downloaded. Any UTF-8 file can be used.
+Figures on different texts cannot be compared, so every record has the text's name and hash.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from hotloop.outside import config_error, decode, read_bytes
 
 MAX_TEXT_BYTES = 2**30
-"""The largest text that is read: windows are taken from its beginning."""
+"""The most bytes that are read; windows are taken from the beginning of a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,12 @@ class Text:
 
 
 def load_text(path: Path | None) -> Text:
-    """Reads a UTF-8 file, or the default text where ``path`` is None.
+    """Reads a UTF-8 file, or the default text if ``path`` is None.
 
-    A file's bytes are taken as they are: line ends and a byte-order mark are not changed.
+    A file's bytes are not changed, including line ends and a byte-order mark.
 
     Raises:
-        ConfigError: The file is missing, not readable, not UTF-8, or holds no text.
+        ConfigError: The file is missing, not readable, not UTF-8, or empty.
     """
     if path is None:
         return _default_text()

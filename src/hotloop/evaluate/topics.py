@@ -1,8 +1,8 @@
-"""A cloze task that every machine has: words that Python's help topics repeat.
+"""A cloze task without data files: words that Python's help topics repeat.
 
-One item per paragraph of ``pydoc_data.topics``: its last word of four letters or more that the
-paragraph has had before, after everything that precedes it. A model with the paragraph in view
-knows many of them, and a damaged one forgets first what it would have to copy.
+There is one item per paragraph of ``pydoc_data.topics``: the last word of four letters or more that
+occurs earlier in the paragraph, to be predicted from the text before it. A good model predicts many
+of these words, since it can copy them from the paragraph; a damaged model first loses that ability.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hotloop.evaluate.jsonl import Cloze, ItemTask
 from hotloop.evaluate.text import load_text
 
 MIN_WORDS, MAX_WORDS = 20, 50
-"""Words before the one to predict: the fewest, and the most, of those nearest to it."""
+"""The fewest and the most words before the word to predict."""
 
 
 def load(argument: str, n_items: int | None) -> ItemTask:
-    """Makes the task, as ``TaskLoader`` says; it takes no argument."""
+    """Makes the task; see ``TaskLoader``. It takes no argument."""
     if argument:
         raise ConfigError(f"the task 'topics' has no argument, such as {shorten_value(argument)}.")
     items = list(_items(load_text(None).content))

@@ -14,16 +14,16 @@ _SPARE_TOKENS = 256
 def take_windows(
     encode: Callable[[str], list[int]], text: str, size: int, limit: int | None = None
 ) -> list[list[int]]:
-    """Returns the windows of a text, of which no more is tokenized than they need.
+    """Returns the windows of a text, and tokenizes no more of it than they need.
 
-    Where a text is cut changes only tokens near the cut, and the last ``_SPARE_TOKENS`` before it
-    are not used: the windows are those of the whole text.
+    A cut of the text changes only tokens near the cut, and the last ``_SPARE_TOKENS`` before it are
+    not used. So the windows equal those of the whole text.
 
     Args:
-        encode: Makes token ids of a text.
+        encode: Tokenizes a text.
         text: The text.
-        size: As for ``make_windows``.
-        limit: As for ``make_windows``.
+        size: See ``make_windows``.
+        limit: See ``make_windows``.
 
     Raises:
         ConfigError: As for ``make_windows``.
@@ -41,12 +41,12 @@ def take_windows(
 def take_document(
     encode: Callable[[str], list[int]], text: str, n_tokens: int
 ) -> tuple[str, list[int]]:
-    """Returns the beginning of a text of about so many tokens, cut at white space, and its tokens.
+    """Returns the beginning of a text, cut at white space to ``n_tokens``, and its tokens.
 
     Args:
         encode: Makes token ids of a text.
         text: The text.
-        n_tokens: The tokens to take; the result has no more than that.
+        n_tokens: The most tokens to take.
     """
     n_chars = min(len(text), n_tokens * _CHARS_PER_TOKEN)
     document = text[:n_chars]
@@ -61,14 +61,14 @@ def take_document(
 def make_windows(ids: Sequence[int], size: int, limit: int | None = None) -> list[list[int]]:
     """Cuts windows of equal length from the beginning of a text, without overlap.
 
-    The protocol of GPTQ (Frantar et al. 2022): the text is tokenized as one piece, cut every
-    ``size`` tokens, and the ragged tail is dropped. No token is added in front; each window is
-    scored on its own and so has ``size - 1`` predictions.
+    It is the protocol of GPTQ (Frantar et al. 2022): the text is tokenized as a whole and cut every
+    ``size`` tokens, and the incomplete last window is dropped. No token is added at the beginning;
+    each window is scored by itself, and so has ``size - 1`` predictions.
 
     Args:
         ids: The whole text's tokens.
         size: Tokens in a window, 2 or more.
-        limit: The most windows to take; None takes all there are.
+        limit: The most windows to take; None takes all.
 
     Raises:
         ConfigError: ``size`` or ``limit`` is out of range, or the text is shorter than one window.

@@ -19,8 +19,8 @@ _FILLED_IN = ("max_seq_len", "max_batch_size")
 def bench_command(record: Record) -> str:
     """Returns the ``hotloop bench`` command that times a record's configuration again.
 
-    Another engine's is a cell of a recipe, which the command writes into ``cell.yaml`` first; an
-    interpreter of its own (``--python ENGINE=PATH``) is for the reader to add.
+    For another engine, the command first writes a recipe with one cell into ``cell.yaml``. The
+    reader must add the engine's own interpreter (``--python ENGINE=PATH``), if it has one.
     """
     if record.baseline:
         recipe = shlex.quote(json.dumps(_recipe(record), ensure_ascii=False))
@@ -32,7 +32,7 @@ def bench_command(record: Record) -> str:
 
 
 def _recipe(record: Record) -> dict[str, Any]:
-    """Returns a recipe of the record's cell alone, timed and not scored."""
+    """Returns a recipe with only the record's cell, timed and not scored."""
     apart = ("model", "weights", *_FILLED_IN)
     cell = {name: value for name, value in _changed(record.config).items() if name not in apart}
     config = record.config

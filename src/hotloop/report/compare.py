@@ -2,11 +2,12 @@
 
 A difference is judged by its interval against a margin, so there are three verdicts: *no worse*, if
 the loss is shown to stay within the margin; *worse*, if it is shown to exceed it; and *undecided*.
-Showing is a one-sided test at 5 %. Of several comparisons all must be no worse for that verdict,
-which needs no correction; one that is worse suffices for the other, so that its level is divided by
-their number (Bonferroni), and equal sets are rarely called worse however many cells they have.
+A loss is shown by a one-sided test at 5 %. With several comparisons, the verdict *no worse* needs
+all of them to be no worse, which needs no correction. One that is worse suffices for the verdict
+*worse*, so its level is divided by their number (Bonferroni): equal sets are rarely called worse,
+however many cells they have.
 
-Answers to tasks are paired item by item, and A is the reference: ``bench.paired``.
+Answers to tasks are paired item by item, with A as the reference (``bench.paired``).
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ class Judged:
         quantity: ``speed``, ``quality`` (of predictions of text) or ``accuracy`` (of answers).
         shown: The difference and its 95 % interval.
         verdict: The verdict.
-        why: The reason of a verdict that the interval does not show, or what it would take.
-        change: B less A: of ln speed, of ln perplexity, or of accuracy; None if unknown.
+        why: The reason of a verdict, if the interval does not show it; or the samples that a
+            decision would take.
+        change: B minus A, in ln speed, ln perplexity or accuracy; None if unknown.
         ci95: Its 95 % interval.
         paired: Whether samples were paired.
-        margin: The loss in the same unit that counts as worse.
+        margin: The loss that counts as worse, in the same unit.
         answers: The comparison of answers.
     """
 
@@ -103,9 +105,9 @@ class ComparedCell:
     """A cell that both sets have.
 
     Attributes:
-        name: Its name; that of both where they differ.
+        name: Its name; both names if they differ.
         judged: Its quantities.
-        notes: What a reader must know of the comparison.
+        notes: Notes on the comparison, for its reader.
     """
 
     name: str
@@ -120,8 +122,8 @@ class Comparison:
     Attributes:
         cells: The cells that both have.
         verdict: The verdict over all of them.
-        missing: Cells that only one set has, as sentences. One that was measured in A leaves the
-            verdict undecided.
+        missing: Cells that only one set has, as sentences. A cell that only A has measured makes
+            the verdict undecided.
     """
 
     cells: tuple[ComparedCell, ...]
@@ -145,7 +147,7 @@ class Comparison:
 
 
 def read_set(name: str, *, on_problem: Any) -> list[Record]:
-    """Reads a set of records: a results folder, a file of records, or a cell of either.
+    """Reads a set of records: a results folder, a file of records, or a cell of one of these.
 
     Args:
         name: A path; or a path, a colon and the name of a cell.
@@ -188,7 +190,7 @@ def compare(
     Args:
         before: The set to compare with.
         after: The set that is judged.
-        max_slowdown: The share of decode speed whose loss is tolerated.
+        max_slowdown: The tolerated loss of decode speed, as a share.
         max_delta_ln_ppl: The increase of ln perplexity that is tolerated.
         max_accuracy_loss: The loss of accuracy that is tolerated, as a share of A's; above 0.
 
@@ -256,7 +258,7 @@ def _identity(record: Record) -> str:
 
 
 def _has_speed(a: Record, b: Record) -> bool:
-    """Tells whether a pair has a speed to judge: not if both were scored without being timed."""
+    """Tells whether a pair has a speed to judge; it has none if both were only scored."""
     scored = all(r.status in MEASURED and r.workload is None for r in (a, b))
     return not (scored and (_has_quality(a, b) or _has_answers(a, b)))
 
@@ -366,7 +368,7 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged
 
 
 def _paired_tasks(a: Record, b: Record) -> list[PairedTask]:
-    """Pairs the answers to those tasks of which both records have the same items."""
+    """Pairs the answers to the tasks that have the same items in both records."""
     others = {task.sha256: task for task in b.tasks}
     return [
         PairedTask(
@@ -381,7 +383,7 @@ def _paired_tasks(a: Record, b: Record) -> list[PairedTask]:
 
 
 def _judge(loss: Difference, margin: float, n_tests: int, n: int, unit: str) -> tuple[Verdict, str]:
-    """Judges a loss, of which more is worse; of an undecided one, says what it would take."""
+    """Judges a loss (higher is worse); for an undecided one, says what a decision would take."""
     reach = t_critical(loss.df, confidence=1 - 2 * LEVEL) * loss.se
     if loss.mean + reach <= margin:
         return "no worse", ""

@@ -11,9 +11,9 @@ from hotloop.report.numbers import significant
 def context(
     records: Sequence[Record], *, leave_out: Iterable[str] = ()
 ) -> tuple[tuple[str, str], ...]:
-    """Returns the context of records, a label and a text each.
+    """Returns the context of records, as pairs of a label and a text.
 
-    Where records differ, each value is listed with its cells.
+    If records differ, each value is listed with its cells.
 
     Args:
         records: The records of a table.
@@ -42,7 +42,7 @@ RANDOM_ACCEPTANCE = (
 
 
 def assumed_note(record: Record) -> str | None:
-    """Says that a record's acceptance was assumed; None where drafts were verified."""
+    """Returns a note that the acceptance was assumed; None if drafts were verified."""
     share = record.speculation and record.speculation.assumed_acceptance
     if share is None:
         return None
@@ -53,12 +53,12 @@ def assumed_note(record: Record) -> str | None:
 
 
 def has_random_weights(record: Record) -> bool:
-    """Tells whether a record is of random weights."""
+    """Tells whether a record's model has random weights."""
     return record.config.get("weights") == "random"
 
 
 def has_random_acceptance(record: Record) -> bool:
-    """Tells whether a record's drafts were verified, and with random weights."""
+    """Tells whether a record's drafts were verified, with random weights."""
     verified = record.speculation is not None and assumed_note(record) is None
     return verified and has_random_weights(record)
 
@@ -75,12 +75,12 @@ def model_name(record: Record) -> str:
 
 
 def device_name(record: Record) -> str:
-    """Returns the device's name; empty where a record ended before it was known."""
+    """Returns the device's name; empty if the cell ended before it was known."""
     return record.provenance.get("device", {}).get("name", "")
 
 
 def _device(record: Record) -> str:
-    """Names the device; a GPU with its host, which launches kernels and is waited for."""
+    """Names the device; a GPU together with its host, whose speed matters too."""
     device, host = record.provenance.get("device", {}), record.provenance.get("host", {})
     if (n_threads := device.get("n_threads")) is not None:
         return f"{device_name(record)}, {n_threads} thread{'s' * (n_threads > 1)}"

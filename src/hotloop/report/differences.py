@@ -1,8 +1,8 @@
 """Differences between two records, in speed and in quality, with their intervals.
 
-Speeds are compared as a ratio: the difference of the means of their logarithms. Where both records
+Speeds are compared as a ratio: the difference of the means of their logarithms. If both records
 drafted on the same prompts, repeats are paired, because the text of a repeat decides how many
-drafts are kept; elsewhere repeats are independent (Welch's t), since only noise is left in them.
+drafts are accepted. Otherwise repeats are independent (Welch's t), since they differ only by noise.
 
 Qualities are compared by the difference of ln perplexity, always paired by window of text: on
 other text, or on other windows, perplexities cannot be compared.
@@ -21,7 +21,7 @@ from hotloop.bench.statistics import t_critical
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The difference of two means, with what its interval needs.
+    """The difference of two means, with its standard error.
 
     Attributes:
         mean: The estimate.
@@ -48,7 +48,7 @@ class Difference:
 
 
 def speed_difference(a: Record, b: Record) -> Difference | None:
-    """Compares decode speeds: ln(b / a). None where one has fewer than two repeats."""
+    """Compares decode speeds: ln(b / a). None if a record has fewer than two repeats."""
     logs = _logs(a.decode_tok_s), _logs(b.decode_tok_s)
     if not all(logs):
         return None
@@ -57,9 +57,9 @@ def speed_difference(a: Record, b: Record) -> Difference | None:
 
 
 def loss_difference(a: Record, b: Record) -> Difference | None:
-    """Compares losses: ln perplexity of b less that of a, by window.
+    """Compares losses: ln perplexity of b minus that of a, by window.
 
-    None where a record has no quality, or they were not scored on the same windows.
+    None if a record has no quality, or they were not scored on the same windows.
     """
     logs = _logs(a.perplexity), _logs(b.perplexity)
     if not all(logs) or not same_windows(a, b) or len(logs[0]) != len(logs[1]):

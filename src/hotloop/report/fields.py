@@ -16,7 +16,7 @@ from hotloop.bench.record import Figure, Record
 
 
 def value_of(record: Record, field: str) -> Any:
-    """Returns a field of a record; None where it, or the part it belongs to, is missing."""
+    """Returns a field of a record; None if it, or the part to which it belongs, is missing."""
     value: Any = record
     for name in field.split("."):
         value = None if value is None else getattr(value, name)
@@ -26,7 +26,8 @@ def value_of(record: Record, field: str) -> Any:
 def csv_names(fields: Iterable[str]) -> list[str]:
     """Returns the names of the CSV columns of fields.
 
-    A figure has five: its mean, the ends of its 95 % interval, its standard error and its n.
+    A figure has five columns: its mean, the ends of its 95 % interval, its standard error and its
+    n.
     """
     parts = ("", "_ci95_low", "_ci95_high", "_se", "_n")
     return [
@@ -37,7 +38,7 @@ def csv_names(fields: Iterable[str]) -> list[str]:
 
 
 def csv_values(fields: Iterable[str], record: Record) -> list[Any]:
-    """Returns a record's values in these columns: every number as it was recorded.
+    """Returns a record's values in these columns, with every number as it was recorded.
 
     Several values of a field are separated by spaces.
     """

@@ -1,6 +1,6 @@
-"""Explains the parts of configurations' names to a reader who has never met them.
+"""Explains the parts of configurations' names to a new reader.
 
-Only the parts that occur are explained. How fast or exact they are is for the records to say.
+Only the parts that occur are explained. Their speed and quality are in the records.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def names_explained(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     ours = [record for record in records if record.baseline is None]
     schemes = {record.config.get("quant", "auto") for record in records}
     if all(record.config.get("quant") != "auto" for record in ours):
-        schemes.discard("auto")  # is in the name of no other engine's cell
+        schemes.discard("auto")  # is not part of the names of other engines' cells
     options = {part for scheme in schemes for part in scheme.split("-")}
     yield from ((name, said) for name, said in _SCHEMES.items() if name in options)
     sizes = sorted(int(part[1:]) for part in options if re.fullmatch(r"g\d+", part))

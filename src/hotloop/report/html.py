@@ -1,9 +1,9 @@
-"""Renders records as one HTML page that needs nothing else: no network, no other file.
+"""Renders records as one self-contained HTML page: it needs no network and no other file.
 
-The page is for a reader who was not there: what was asked and on what machine, the verdict, the
-plots, the tables, and behind folds every setting and every sample. Templates and styles are files
-in ``templates``. Whatever comes from records is escaped there, for HTML and for what displays
-would obey.
+The page is for a reader who did not run the experiment. It has the question and the machine, the
+verdict, the plots and the tables; every setting and every sample are in folded sections. Templates
+and styles are files in ``templates``. Text from records is escaped there, for HTML and for control
+characters.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 NOT_DIFFERENT = "not significantly different"
 
 _TIED = re.compile(r"([±<]|\d(?= [KMGT]iB)) ")
-"""A sign or a number that stays on a line with what follows; a line breaks before ``±``."""
+"""A sign or a number that is not separated from the next word; a line breaks before ``±``."""
 
 
 def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_LN_PPL) -> str:
@@ -97,7 +97,7 @@ def _comparable(*experiments: Iterable[Record]) -> list[list[Record]]:
 
 
 def _displayable(value: Any) -> Any:
-    """Escapes characters that a browser refuses or obeys, such as overrides of direction."""
+    """Escapes characters that a browser refuses or interprets, such as overrides of direction."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

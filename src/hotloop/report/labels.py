@@ -1,4 +1,4 @@
-"""Places labels beside marks, where nothing is yet."""
+"""Places labels beside marks, without overlaps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHARACTER = 0.56
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle, of which ``top`` is above ``bottom`` and the smaller number."""
+    """A rectangle; ``top`` is above ``bottom``, and the smaller number."""
 
     left: float
     top: float
@@ -31,7 +31,7 @@ class Box:
         )
 
     def holds(self, other: Box) -> bool:
-        """Tells whether the other lies within this."""
+        """Tells whether the other rectangle is within this one."""
         return (
             self.left <= other.left
             and other.right <= self.right
@@ -42,7 +42,7 @@ class Box:
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """A placed label: its text, the place of its baseline, and which end of it lies there."""
+    """A placed label: its text, the position of its baseline, and the end that is there."""
 
     text: str
     x: float
@@ -61,13 +61,13 @@ def place_labels(
     """Places a label for each mark, the emphasized ones first.
 
     Args:
-        marks: The place of each mark, its text, and whether it is emphasized.
+        marks: The position of each mark, its text, and whether it is emphasized.
         bounds: The rectangle to stay in.
         size: The size of text; distances are in proportion to it.
-        taken: Rectangles to stay off, besides marks and other labels.
+        taken: Rectangles that labels must not overlap, besides marks and other labels.
 
     Returns:
-        The labels that found a place; the others would cover something.
+        The placed labels. Labels that would cover something are left out.
     """
     unit = size / 13
     reach = 8 * unit
@@ -103,4 +103,4 @@ _PLACES: tuple[tuple[float, float, Anchor], ...] = (
     (9, -26, "start"),
     (-9, -26, "end"),
 )
-"""Where a label may lie, relative to its mark, at a text size of 13: the best place first."""
+"""Possible places of a label, relative to its mark, at a text size of 13; the best place first."""

@@ -1,8 +1,8 @@
 """Renders tables, for a terminal and as Markdown.
 
-Both renderings come from the same value. Rows without figures, or with figures to be read with
-care, have numbered notes; below the table follow advice, remarks and context. Columns and their
-content are defined elsewhere.
+Both renderings are made from the same value. Rows without figures, or with doubtful figures, have
+numbered notes. Advice, remarks and context follow below the table. Other modules define the
+columns.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Column:
     Attributes:
         title: Its heading; line breaks are for the terminal.
         text: Makes the text of a record's row, empty if the record has no value.
-        field: The field of records that it shows, if it shows one.
-        is_label: Whether it holds words rather than a number.
+        field: The field of records that it shows; None if it shows none.
+        is_label: Whether it has words, not numbers.
         is_key: Whether it is one of the columns that identify a row.
         of_quality: Whether it is a figure of quality.
     """
@@ -145,10 +145,10 @@ def to_rich(table: Table) -> RichReport:
 
 @dataclass(frozen=True)
 class RichReport:
-    """Renders a table in one piece, or on a narrow console in several below each other.
+    """Renders a table as a whole, or on a narrow console in several pieces below each other.
 
-    Speed and quality are separated first. If a piece is still too wide it is divided further; each
-    piece has the key columns, and the first of them decode speed.
+    Speed and quality are separated first. A piece that is still too wide is divided further. Every
+    piece has the key columns, and the first piece has the decode speed.
     """
 
     table: Table

@@ -25,7 +25,7 @@ def uncertain(mean: float, half_width: float | None, *, signed: bool = False) ->
 
 
 def significant(value: float, digits: int) -> str:
-    """Formats a number with so many significant digits, and all digits before the point."""
+    """Formats a number with this many significant digits, and all digits before the point."""
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
@@ -46,12 +46,12 @@ def percent(share: float, decimals: int = 0) -> str:
 
 
 def memory(n_bytes: float) -> str:
-    """Formats bytes in MiB, from 10 GiB on in GiB."""
+    """Formats bytes in MiB, or in GiB from 10 GiB on."""
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 10 * 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
 def memories(column: Sequence[float | None]) -> list[str]:
-    """Formats the bytes of a table's column in one unit, which its largest decides; None is ""."""
+    """Formats the bytes of a table's column in one unit, chosen by the largest; None becomes ""."""
     known = [n_bytes for n_bytes in column if n_bytes is not None]
     if max(known, default=0) < 10 * 2**30:
         return ["" if n_bytes is None else memory(n_bytes) for n_bytes in column]
@@ -60,5 +60,5 @@ def memories(column: Sequence[float | None]) -> list[str]:
 
 
 def divergence(nats: float) -> str:
-    """Formats a KL divergence; below the rounding of the stored reference, only as a bound."""
+    """Formats a KL divergence; as a bound, if it is below the rounding of the stored reference."""
     return significant(nats, 2) if nats >= 1e-6 else "< 1e-6"

@@ -1,8 +1,8 @@
-"""The page: one table per model, in the layout of published tables of decoding speed.
+"""The page: a table per model, in the layout of published tables of decoding speed.
 
 Its columns are quantization, compiled, tensor parallel, speculative decoding and tokens per second.
-Memory, quality and the recommendation are in the experiment's own table instead. A cell that did
-not fit, could not be run or varied between repeats has a numbered note.
+Memory, quality and the recommendation are in the experiment's own table. A cell that did not fit,
+could not be run or varied between repeats has a numbered note.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_page(*experiments: Iterable[Record]) -> list[Table]:
 
     Args:
         *experiments: The records of each results folder, with all attempts. The last record of a
-            cell counts, and among several folders that of the last one.
+            cell counts; of several folders, that of the last folder.
     """
     records = [record for experiment in experiments for record in latest(experiment)]
     return [_table(latest(group)) for group in comparable(records)]
@@ -66,7 +66,7 @@ def to_csv(tables: Iterable[Table]) -> str:
 def comparable(records: Sequence[Record]) -> Iterable[list[Record]]:
     """Groups records by model, device and workload, in the order of first appearance.
 
-    A record that ended before its device was known belongs to the first device of its model.
+    A record whose cell ended before the device was known belongs to the first device of its model.
     """
     devices: dict[Any, str] = {}
 
@@ -122,7 +122,7 @@ def _quantization(record: Record) -> str:
 
 
 def _execution(record: Record) -> str:
-    """Returns the execution that ran, or if none did, the one in the configuration."""
+    """Returns the execution mode that ran, or else the configured one."""
     return (record.engine or {}).get("execution") or record.config.get("execution", NONE)
 
 

@@ -1,7 +1,7 @@
-"""The plots of a report, as values: what is drawn, independent of who draws it.
+"""The plots of a report, as values that are independent of the drawing.
 
-``svg`` draws them for a page and ``png`` for files. A plot is made from records alone and every
-mark names its record's cell and holds the recorded value, so that what is drawn can be checked.
+``svg`` draws them for a page, and ``png`` for files. A plot is made only from records. Every mark
+names its record's cell and holds the recorded value, so that drawings can be checked.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Axis:
     """An axis.
 
     Attributes:
-        label: What it shows, with its unit.
+        label: Its quantity, with the unit.
         low: Its smallest value.
         high: Its largest value.
         scale: ``symlog`` is linear up to ``linear_to`` on either side of 0, and logarithmic beyond.
         linear_to: See ``scale``.
-        at: The ticks, where they are not just round values.
+        at: The ticks, if they are not simply round values.
     """
 
     label: str
@@ -83,7 +83,7 @@ class Labelled:
 
     Attributes:
         label: A short text beside it.
-        is_doubtful: The tool itself calls the figure unstable or too little known.
+        is_doubtful: The figure is marked as unstable or too uncertain.
         is_emphasized: It is the recommended one.
     """
 
@@ -105,7 +105,7 @@ class Point(Labelled):
         x: Its value across.
         y: Its value up.
         cell: The cell of the record that it shows; empty if it shows none.
-        title: A sentence that says its values.
+        title: A sentence with its values.
         x_interval: The 95 % interval across.
         y_interval: The 95 % interval up.
     """
@@ -125,7 +125,8 @@ class Series:
     Attributes:
         name: Its entry in the legend; empty for none.
         points: The points.
-        kind: Separate marks, marks joined by a line, a line alone, or a dashed line alone.
+        kind: Separate marks, marks joined by a line, a line without marks, or a dashed line without
+            marks.
         style: Index of its colour and of the shape of its marks.
     """
 
@@ -143,7 +144,7 @@ class Plot:
         name: A name for files and anchors.
         title: Its heading.
         caption: Sentences on how to read it.
-        summary: What it shows, in words, for those who do not see it.
+        summary: A description, for readers who cannot see it.
         x: The axis across.
         y: The axis up.
         series: From back to front.
@@ -180,7 +181,7 @@ class Bars:
     """A chart of horizontal bars; see ``Plot``.
 
     Attributes:
-        parts: The names of the segments; one alone has no legend.
+        parts: The names of the segments; a single segment has no legend.
     """
 
     name: str
@@ -200,7 +201,7 @@ FRONT = "Pareto front"
 def charts(
     records: Sequence[Record], *, recommended: Record | None, max_delta_ln_ppl: float
 ) -> list[Chart]:
-    """Makes every plot for which comparable records have the figures."""
+    """Makes all plots for which comparable records have figures."""
     measured = [r for r in records if r.status in MEASURED and r.decode_tok_s is not None]
     made: list[Chart | None] = [
         plane(measured, recommended=recommended, max_delta_ln_ppl=max_delta_ln_ppl)
@@ -216,7 +217,7 @@ def charts(
 
 
 def front(records: Sequence[Record]) -> list[Record]:
-    """Returns the Pareto front by means, the fastest first: nobody is faster and loses less."""
+    """Returns the Pareto front by means, the fastest first: none is faster and loses less."""
     known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
     ordered = sorted(known, key=lambda r: (-_mean(r.decode_tok_s), _mean(r.delta_ln_ppl)))
     best: list[Record] = []
@@ -227,7 +228,7 @@ def front(records: Sequence[Record]) -> list[Record]:
 
 
 def near_front(records: Sequence[Record], on_front: Sequence[Record]) -> list[Record]:
-    """Returns the records off the front that no record of it beats with any significance."""
+    """Returns the records off the front that no record of the front beats significantly."""
     known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
 
     def beaten(record: Record) -> bool:
@@ -248,7 +249,7 @@ def near_front(records: Sequence[Record], on_front: Sequence[Record]) -> list[Re
 def plane(
     records: Sequence[Record], *, recommended: Record | None, max_delta_ln_ppl: float
 ) -> Plot | None:
-    """Makes the plane of speed and quality; None where fewer than two cells have both."""
+    """Makes the plot of quality over speed; None if fewer than two cells have both."""
     both = [r for r in records if r.delta_ln_ppl is not None]
     if len(both) < 2:
         return None
@@ -349,7 +350,7 @@ def _by_scheme(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def scaling(records: Sequence[Record]) -> Plot | None:
-    """Makes the plot of speed over ranks against ideal; None where nothing varies in ranks."""
+    """Makes the plot of speed over ranks, with ideal scaling; None with one number of ranks."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         config = record.config
@@ -453,11 +454,11 @@ class StepParts:
 
 
 def step_parts(records: Sequence[Record]) -> list[StepParts]:
-    """Divides the step times of records that have what it takes, the fastest first.
+    """Divides the step times of records that have the needed figures, the fastest first.
 
-    The limit of memory is MBU times the step, by MBU's definition, and is divided in proportion to
-    the bytes of weights and cache. A part that would be negative, where a step was faster than the
-    bandwidth measured beside it allows, is 0.
+    The limit of memory is MBU times the step time, by MBU's definition; it is divided in proportion
+    to the bytes of weights and cache. A part that would be negative, because a step was faster than
+    the measured bandwidth allows, is 0.
     """
     known = []
     for record in records:
@@ -507,7 +508,7 @@ STEP_PARTS = (
 
 
 def step_times(records: Sequence[Record]) -> Bars | None:
-    """Makes the chart of step times against the limit of memory; None where nothing has both."""
+    """Makes the chart of step times against the limit of memory; None if no record has both."""
     parts = step_parts(records)
     if not parts:
         return None
@@ -555,7 +556,7 @@ def _same_but_execution(record: Record) -> str:
 
 
 def acceptance_curve(records: Sequence[Record]) -> Plot | None:
-    """Makes the curve of speed over acceptance; None where no cell's steps were timed."""
+    """Makes the curve of speed over acceptance; None if no cell's steps were timed."""
     cells = [cell for cell in drafting(records) if cell.costs]
     if not cells:
         return None
@@ -611,7 +612,7 @@ def _uncertain(figure: Figure | None) -> str:
 
 
 def _positive(interval: Interval | None) -> Interval | None:
-    """Returns an interval of a speed, which is not below 0."""
+    """Returns an interval of a speed, limited to positive values."""
     return None if interval is None else (max(0.0, interval[0]), max(0.0, interval[1]))
 
 

@@ -27,7 +27,7 @@ _ALIGNMENTS = {"start": "left", "middle": "center", "end": "right"}
 
 
 def check_library() -> None:
-    """Checks that matplotlib is there.
+    """Checks that matplotlib is installed.
 
     Raises:
         UnsupportedError: It is not installed.
@@ -72,7 +72,7 @@ def _draw_texts(chart: Chart, figure: Figure, axes: Axes) -> None:
 
 
 _LITERAL: dict[str, Any] = {"parse_math": False}
-"""Text of records is text, also where it holds dollars."""
+"""Options with which dollar signs in text are not interpreted."""
 
 
 def _text(text: str) -> str:
@@ -140,7 +140,7 @@ def _draw_series(series: Series, axes: Axes) -> None:
 
 
 def _draw_labels(plot: Plot, figure: Figure, axes: Axes) -> None:
-    """Labels the marks, once the layout is settled. Places are in points, from the top left."""
+    """Labels the marks after the layout is final. Positions are in points, from the top left."""
     figure.draw_without_rendering()
     height = 72 * figure.get_figheight()
 

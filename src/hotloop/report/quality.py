@@ -1,4 +1,4 @@
-"""Words and tables for the figures of quality that have no column of their own."""
+"""Texts and tables for figures of quality that have no column of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hotloop.bench.record import NonInferiority, Record, TaskFigures
 from hotloop.report.numbers import divergence, percent, significant, uncertain
 
 ENOUGH_WINDOWS = 20
-"""With fewer windows, an interval over them is itself known only roughly."""
+"""The fewest windows for a reliable interval: with fewer, the interval itself is uncertain."""
 
 ALPHA = 0.05
 
@@ -20,24 +20,24 @@ def lost(compared: NonInferiority) -> str:
 
 
 def outcome(compared: NonInferiority) -> str:
-    """Names the outcome; if it is ``underpowered``, with the items that a pass would take."""
+    """Names the outcome; for ``underpowered``, with the number of items that a pass would take."""
     if compared.outcome != "underpowered":
         return compared.outcome
     return f"underpowered: {needs(compared)}"
 
 
 def needs(compared: NonInferiority) -> str:
-    """Says how many items a pass would take."""
+    """Returns a text with the number of items that a pass would take."""
     if compared.needed is None:
         return "more items can hardly help"
     return f"needs {compared.needed:,} items"
 
 
 def not_after_choosing(records: Sequence[Record]) -> dict[str, str]:
-    """Finds passes that do not stand where one configuration is chosen of these records.
+    """Finds passes that do not survive the choice of one configuration from several.
 
-    What one can choose are hotloop's own configurations. Those without quantization are what a
-    choice is compared with, and no candidates that could pass by chance.
+    The candidates are hotloop's own quantized configurations. Configurations without quantization
+    are references, and cannot pass by chance.
 
     Returns:
         A note for each of their cells: the p-value adjusted by Holm's method is above 5 %.
@@ -92,7 +92,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
 
 
 def details(record: Record) -> list[tuple[str, str]]:
-    """Returns names and values of one record's further figures of quality."""
+    """Returns names and values of a record's further figures of quality."""
     pairs = [
         (f"ppl ({name})", uncertain(figure.mean, figure.se))
         for name, figure in record.other_perplexities.items()

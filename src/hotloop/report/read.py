@@ -35,14 +35,14 @@ def read_records(
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Returns the last record of each cell: those of other engines, then ours.
+    """Returns the last record of each cell: first those of other engines, then hotloop's.
 
-    Both are in the order in which cells first appear. The others are what ours are compared with,
-    and a sweep that was resumed may have measured them last.
+    Each part is in the order of first appearance. Other engines come first because hotloop is
+    compared with them; a resumed sweep may have measured them last.
 
-    A cell is identified by its engine and configuration, and not by its name, in which ``auto`` is
-    replaced by the execution that ran. ``max_seq_len`` depends on the workload and is ignored, so
-    that after a change of workload new figures replace the old ones, unless cells differ in it and
+    A cell is identified by its engine and configuration, not by its name, which has the actual
+    execution mode in place of ``auto``. ``max_seq_len`` depends on the workload and is ignored, so
+    that new figures replace old ones after a change of workload, unless cells differ in it and
     their names contain it.
     """
     cells: dict[tuple[str | None, str], Record] = {}

@@ -1,10 +1,11 @@
-"""Recommends a configuration, and says why not the others.
+"""Recommends a configuration, and says why the others are not recommended.
 
-The rule: of the configurations whose quality loss is shown to be within the tolerance, the one that
-decodes fastest; among those whose speed is not significantly lower, the one with the smallest loss.
+The rule: consider the configurations whose quality loss is shown to be within the tolerance, and
+the fastest of these. Among the configurations that are not significantly slower than it, recommend
+the one with the smallest loss.
 
-A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not too wide; a cell
-whose speed is not known is not recommended.
+A speed counts as known if there are at least ``MIN_REPEATS`` repeats and the interval is not too
+wide. A cell whose speed is not known is not recommended.
 
 A cell whose loss of accuracy on tasks is shown to exceed the margin is never recommended.
 
@@ -26,10 +27,11 @@ from hotloop.report.read import latest
 from hotloop.types import MAX_DELTA_LN_PPL
 
 MIN_REPEATS = 3
-"""With fewer, the interval of a mean is too wide for use: t is 12.7 for two."""
+"""The fewest repeats of a known speed: with two, t is 12.7, and the interval is too wide for use.
+"""
 
 MAX_RELATIVE_HALF_WIDTH = 0.5
-"""Half of a speed's 95 % interval over its mean, above which the speed counts as unknown."""
+"""The largest half width of a speed's 95 % interval, relative to its mean, of a known speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,11 @@ class Recommendation:
     Attributes:
         cell: The configuration's name; None if none can be recommended.
         record: Its record.
-        why: A sentence.
-        note: What its engine noted, as a paragraph; its row has the same. Empty without notes.
+        why: The reason, as a sentence.
+        note: The notes of its engine, as a paragraph, as in its row. Empty without notes.
         passed_over: A sentence for each configuration that was as fast or faster.
         beside: A sentence for each other engine whose speed is known.
-        quality_known: Whether quality had a part in it.
+        quality_known: Whether quality was considered.
         max_delta_ln_ppl: The tolerance.
     """
 
@@ -67,8 +69,8 @@ def recommend(
     it picks the fastest, and says so.
 
     Args:
-        records: Of one model, workload and device; the last of each cell counts, and those of
-            other engines, or of an assumed acceptance, do not.
+        records: Records of one model, workload and device. The last record of each cell counts;
+            records of other engines, or with an assumed acceptance, do not.
         max_delta_ln_ppl: The increase of ln perplexity to tolerate.
     """
     records = latest(records)
@@ -144,7 +146,7 @@ def _speed(record: Record) -> float:
 
 
 def speed_gap(record: Record) -> str | None:
-    """Says why a measured speed is not known well enough; None if it is, or there is none."""
+    """Returns why a measured speed is too uncertain; None if it is not, or there is none."""
     figure = record.decode_tok_s
     if figure is None:
         return None
@@ -160,7 +162,7 @@ def speed_gap(record: Record) -> str | None:
 
 
 def is_doubtful(record: Record) -> bool:
-    """Tells whether a measured speed was unstable, or is not known well enough."""
+    """Tells whether a measured speed is unstable or too uncertain."""
     return record.status == "unstable" or speed_gap(record) is not None
 
 
@@ -170,7 +172,7 @@ def _loss(record: Record) -> float:
 
 
 def _counted_loss(record: Record) -> float:
-    """Returns the loss that decides where speeds are alike: a negative one counts as 0."""
+    """Returns the loss that decides between equal speeds; a negative loss counts as 0."""
     return max(0.0, _loss(record))
 
 
@@ -186,13 +188,13 @@ def _margin(loss: Figure | None) -> float:
 
 
 def _within_noise(a: Record, b: Record) -> bool:
-    """Tells whether the 95 % interval of the difference of two speeds, roughly, contains 0."""
+    """Tells whether the approximate 95 % interval of the difference of two speeds contains 0."""
     noise = [half_width(r.decode_tok_s) or 0.0 for r in (a, b) if r.decode_tok_s]
     return abs(_speed(a) - _speed(b)) <= math.hypot(*noise)
 
 
 def _rivals(record: Record, chosen: Record) -> bool:
-    """Tells whether a record's speed is higher than the chosen one's, or equal within noise."""
+    """Tells whether a record's speed is higher than the chosen record's, or equal within noise."""
     return record is not chosen and (
         _speed(record) > _speed(chosen) or _within_noise(record, chosen)
     )
@@ -205,7 +207,7 @@ def _compared(record: Record, chosen: Record) -> str:
 
 
 def _shortfall(record: Record, chosen: Record, tolerance: float) -> str:
-    """Says why a record that is as fast or faster was not chosen."""
+    """Returns why a record that is as fast or faster was not chosen."""
     if gap := _quality_gap(record, tolerance):
         return gap
     if _counted_loss(record) > _counted_loss(chosen):
@@ -214,7 +216,7 @@ def _shortfall(record: Record, chosen: Record, tolerance: float) -> str:
 
 
 def _quality_gap(record: Record, tolerance: float) -> str | None:
-    """Says why a quality loss is not known to be tolerable; None if it is."""
+    """Returns why a quality loss is not shown to be tolerable; None if it is."""
     loss = record.delta_ln_ppl
     if loss is None:
         return f"its quality is unknown ({record.quality_reason})"
@@ -248,7 +250,7 @@ def _shown_loss(record: Record) -> str:
 
 
 def _gain(chosen: Record, scored: Sequence[Record]) -> str:
-    """Returns the speed-up over plain PyTorch, where that was measured too."""
+    """Returns the speed-up over plain PyTorch, if that was measured too."""
     plain = [record for record in scored if record.cell == "none/eager" and record is not chosen]
     return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager)" if plain else ""
 
@@ -281,7 +283,7 @@ def _noted(record: Record) -> str:
 
 
 def _incomparable(records: Sequence[Record]) -> str | None:
-    """Names what differs between records that should be of one experiment; None if nothing."""
+    """Names a difference between records that should be of one experiment, if there is one."""
     aspects: dict[str, Callable[[Record], object]] = {
         "models": lambda r: (r.config.get("model"), r.config.get("weights")),
         "devices": lambda r: r.provenance.get("device", {}).get("name"),

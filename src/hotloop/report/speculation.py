@@ -1,11 +1,12 @@
-"""Why speculative decoding paid or not, from the records of cells with drafts.
+"""Explains from records why speculative decoding paid, or did not.
 
-With k drafts a step costs more than a plain one: the time to make them, and that of verifying more
-positions. It pays if the tokens that it yields make up for that. The step times were measured for
-every k; how many tokens they yield depends on the acceptance, so speed is a curve over it.
+A step with k drafts takes longer than a plain step: by the time to make the drafts, and the time to
+verify more positions. It pays if its additional tokens compensate for that. The step times were
+measured for every k. The number of tokens depends on the acceptance, so speed is a curve over the
+acceptance.
 
-In the curve each draft is accepted with the same probability p, if those before it are, so that a
-step with k drafts yields 1 + p + … + p^k tokens.
+In the curve, each draft is accepted with the same probability p if all earlier drafts are, so that
+a step with k drafts yields 1 + p + … + p^k tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hotloop.report.differences import Difference, shown_ratio, speed_difference
 from hotloop.report.numbers import half_width, percent, significant, uncertain
 
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9, 0.95)
-"""The acceptances for which tables say what the speed would be."""
+"""The acceptances for which tables list the speed."""
 
 _OF_DRAFTS = ("draft", "draft_quant", "draft_tokens", "draft_policy", "assume_acceptance")
 
@@ -33,7 +34,7 @@ class Drafting:
         record: Its record.
         figures: Its drafting statistics.
         plain: The same cell without drafts, if there is one.
-        gain: Its speed against that.
+        gain: Its speed relative to that cell.
     """
 
     record: Record
@@ -65,17 +66,17 @@ class Drafting:
         return max(self.sizes, key=lambda k: self.speed_at(p, k))
 
     def gain_at(self, p: float) -> float:
-        """Returns the speed at acceptance p with the best number of drafts over that of none."""
+        """Returns the speed at acceptance p with the best k, relative to plain steps."""
         return self.speed_at(p, self.best_at(p)) * self.step_s(0)
 
     @cached_property
     def break_even(self) -> tuple[float, int] | None:
-        """The least acceptance at which drafting pays, and with how many drafts; None: never."""
+        """The lowest acceptance at which drafting pays, and with which k; None if it never pays."""
         found = [(p, k) for k in self.sizes if (p := self.break_even_of(k)) is not None]
         return min(found, default=None)
 
     def break_even_of(self, k: int) -> float | None:
-        """Returns the acceptance at which k drafts are as fast as none; None if none is."""
+        """Returns the acceptance at which k drafts are as fast as none; None if there is none."""
         cost = self.step_s(k) / self.step_s(0)
         if cost > k + 1:
             return None
@@ -86,7 +87,7 @@ class Drafting:
 
     @cached_property
     def best_seen(self) -> int | None:
-        """The number of drafts that is fastest at the acceptance that was seen; None: unknown."""
+        """The number of drafts that is fastest at the measured acceptance; None if unknown."""
         speeds = {}
         for k in self.costs:
             shares = self.figures.acceptance[:k]
@@ -97,7 +98,7 @@ class Drafting:
 
     @property
     def explanation(self) -> str:
-        """A sentence on what drafting takes to pay, and what was seen."""
+        """A sentence on the acceptance that drafting needs to pay, and the measured one."""
         if not self.costs:
             return "step times were not recorded"
         most = self.sizes[-1]
@@ -130,7 +131,7 @@ class Drafting:
 
     @property
     def shown_speeds(self) -> list[str]:
-        """The speed at each of ``ACCEPTANCES`` and the number of drafts that gives it."""
+        """The speed at each of ``ACCEPTANCES``, and the best number of drafts there."""
         if not self.costs:
             return ["–"] * len(ACCEPTANCES)
         best = [(p, self.best_at(p)) for p in ACCEPTANCES]
@@ -148,7 +149,7 @@ class Drafting:
 
     @property
     def tokens_per_step(self) -> str:
-        """Tokens that a step gave."""
+        """Tokens per step."""
         figure = self.figures.tokens_per_step
         return uncertain(figure.mean, half_width(figure))
 

@@ -1,7 +1,7 @@
 """Draws plots as inline SVG, in the colours of the page's style sheet.
 
-Every chart is drawn for a given width, so that a page can have one for telephones and one for
-screens with text of the same size in both. Shapes and hatching repeat what colours say.
+Every chart is drawn for a given width, so that a page can have one drawing for telephones and one
+for screens, with equal text size. Shapes and hatching carry the same information as colours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ N_STYLES = 6
 """Colours and shapes of marks; further series begin again."""
 
 TEXT = 13
-"""Size of text, in units of the drawing: pixels where it is shown at its own width."""
+"""Size of text, in units of the drawing, which are pixels at its nominal width."""
 
 CHARACTER = labels.CHARACTER * TEXT
 """Mean width of a character."""
@@ -36,7 +36,7 @@ class Size:
     Attributes:
         name: A name for ids and classes.
         width: The width, in units of the drawing.
-        height: The height of a plot; that of bars follows from their number.
+        height: The height of a plot; the height of a bar chart depends on the number of bars.
         is_narrow: Labels of bars are above them.
     """
 
@@ -121,7 +121,7 @@ def _style(series: Series) -> int:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The rectangle that holds a plot's data, and where values lie in it."""
+    """The rectangle of a plot's data, and the positions of values in it."""
 
     left: float
     top: float
@@ -309,7 +309,7 @@ def _shown(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """Where bars and their texts lie: from ``left`` to ``right``, a ``row`` each."""
+    """The positions of bars and their texts: from ``left`` to ``right``, each in a ``row``."""
 
     x: Axis
     left: float
@@ -407,7 +407,7 @@ def _bar(bar: Bar, names: Sequence[str], layout: _Layout, y: float) -> Markup:
 
 
 def _bar_texts(bar: Bar, layout: _Layout, y: float, at: float) -> list[Markup]:
-    """Draws a bar's name and value: above it where the drawing is narrow, else beside it."""
+    """Draws a bar's name and value: above it in a narrow drawing, else beside it."""
     room = layout.right - layout.left if layout.is_narrow else layout.left - 16
     name = bar.label_text
     if len(name) > (most := int(room / CHARACTER)):

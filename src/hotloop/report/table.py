@@ -25,7 +25,7 @@ from hotloop.types import MAX_DELTA_LN_PPL
 
 
 def _figure(field: str, title: str, show: Callable[[Any], str], of_quality: bool = False) -> Column:
-    """Makes a column of a field of records, formatted by ``show``."""
+    """Makes the column of a field of records, formatted by ``show``."""
 
     def text(record: Record) -> str:
         value = value_of(record, field)
@@ -40,7 +40,7 @@ LABELS = (
 )
 
 MODEL = Column(title="model", text=model_name, is_label=True, is_key=True)
-"""A third label, where records of several models are in one table."""
+"""A third label, for tables with records of several models."""
 
 FIGURES = (
     _figure("decode_tok_s", "decode\ntok/s", lambda f: uncertain(f.mean, half_width(f))),
@@ -93,7 +93,7 @@ ONLY_IN_CSV = (
     "load_gb_s",
     "warmup_s",
 )
-"""Further fields of a record."""
+"""Fields of a record that only the CSV file has."""
 
 
 def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL) -> Table:
@@ -119,7 +119,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         cells = [column.text(record) for column in columns]
         reason = (record.reason or "").partition("\n")[0]
         cells[1] = notes.cite(cells[1], reason and f"{record.status}: {reason}")
-        # From left to right, so that numbers ascend as they are read.
+        # From left to right, so that the numbers of notes are ascending.
         figures = range(len(labels), len(columns))
         if (first := next((i for i in figures if cells[i]), None)) is not None:
             for note in (assumed_note(record), speed_gap(record), *engine_notes(record)):

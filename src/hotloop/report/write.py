@@ -15,7 +15,7 @@ from hotloop.types import MAX_DELTA_LN_PPL
 from hotloop.writing import replacing, write_whole
 
 REPORT = "report.html"
-"""The page of a results folder."""
+"""The file name of a results folder's page."""
 
 
 def write_results(

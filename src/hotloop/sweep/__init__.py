@@ -1,1 +1,1 @@
-"""A recipe becomes cells, isolated processes, and records."""
+"""Expands a recipe into cells, runs them in isolated processes, and records the results."""

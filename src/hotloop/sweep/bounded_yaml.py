@@ -1,8 +1,8 @@
-"""YAML whose depth and size are bounded, anchors expanded, before anything is built of it.
+"""Parses YAML with bounds on depth and size, which count expanded anchors.
 
-An anchor that is used ten times by one that is used ten times, nine deep, is a few hundred
-characters and 10^9 values, which every copy, comparison and message would visit one by one. So the
-graph of nodes is counted as a tree while it is composed.
+If every anchor is used ten times by the next one, nine levels are a few hundred characters and 10^9
+values, which every copy, comparison and message would visit one by one. So the graph of nodes is
+counted as a tree while it is composed, before any value is built.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from hotloop.errors import shorten, shorten_value
 from hotloop.outside import Refuse, config_error
 
 MAX_DEPTH = 20
-"""Nested lists and mappings."""
+"""The most levels of nested lists and mappings."""
 
 MAX_NODES = 50_000
-"""Keys, values, lists and mappings, each as often as it is used."""
+"""The most keys, values, lists and mappings, each counted as often as it is used."""
 
 MAX_SCALAR_CHARS = 4_096
-"""Characters of a single text or number: no path is longer."""
+"""The most characters of a single text or number: no path is longer."""
 
 
 def parse_yaml(text: str, file: object, *, refuse: Refuse = config_error) -> Any:
-    """Returns the one document of a YAML text, made of Python's own types.
+    """Returns the single document of a YAML text, as Python's own types.
 
     Args:
         text: The document.
@@ -49,7 +49,7 @@ def parse_yaml(text: str, file: object, *, refuse: Refuse = config_error) -> Any
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML within bounds, as written: keys are texts, and one given twice is an error."""
+    """A loader with bounds: keys are texts, and a duplicate key is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}  # of finished nodes, what each expands to
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
-        """Composes a node and counts what it expands to."""
+        """Composes a node, and counts the nodes of its expansion."""
         event = self.peek_event()
         self._depth += 1
         if self._depth > MAX_DEPTH:

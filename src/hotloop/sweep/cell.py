@@ -1,8 +1,10 @@
-"""Measures one configuration in one process: predict, load, time, score, record.
+"""Measures one configuration in one process.
 
-A configuration that fails raises nothing: its record says how it ended. This runs in the
-caller's process (``hotloop bench``) or in one of its own (``hotloop sweep``, through ``worker``);
-a crash, a hang or a kill is the business of ``process``.
+It predicts the memory, loads the model, times and scores it, and makes the record.
+
+A configuration that fails raises no error: its record says how it ended. This code runs in the
+caller's process (``hotloop bench``) or in a process of its own (``hotloop sweep``, through
+``worker``); ``process`` handles crashes, hangs and kills.
 """
 
 from __future__ import annotations
@@ -59,10 +61,11 @@ def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
 
     Args:
         job: The job.
-        on_event: Receives phases, repeats and windows, and what is known before loading.
+        on_event: Receives events: phases, repeats, windows, and the facts that are known before
+            loading.
 
     Returns:
-        A complete record, whatever happened; only exceptions such as KeyboardInterrupt pass.
+        A complete record, whatever happened; only exceptions such as KeyboardInterrupt are raised.
     """
     return _run(job, on_event, _measure)
 
@@ -80,7 +83,7 @@ def refuse_cell(job: Job) -> Record | None:
     """Checks a configuration before anything is loaded.
 
     Returns:
-        The record of one that is unsupported or does not fit; None where it may run.
+        The record of a configuration that is unsupported or does not fit; None if it may run.
     """
     attempt = _Attempt(job, ignore)
     try:
@@ -97,8 +100,8 @@ def refuse_device(job: Job) -> Record | None:
     """Checks that this machine has the devices of a configuration, without using them.
 
     Returns:
-        The record of one that lacks them; None where they are there, or where only the interpreter
-        of its engine could tell.
+        The record of a configuration whose devices are missing; None if they exist, or if only the
+        interpreter of its engine could tell.
     """
     if job.python is not None:
         return None
@@ -110,7 +113,7 @@ def refuse_device(job: Job) -> Record | None:
 
 
 def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
-    """Scores the reference that ``job.reference`` names, and keeps it there.
+    """Scores the reference, and writes it to the file ``job.reference``.
 
     Returns:
         A record without figures; ``ok`` if the reference was written.
@@ -144,7 +147,7 @@ def gib(n_bytes: float) -> str:
 
 
 def as_reason(text: str | None) -> str | None:
-    """Shortens a reason for a record: a long one to both ends, without half a character."""
+    """Shortens a reason for a record: of a long one, keeps the beginning and the end."""
     if text is None:
         return None
     return shorten(text, MAX_REASON_CHARS).encode(errors="backslashreplace").decode()
@@ -174,7 +177,7 @@ class _Attempt:
     def prepare(self) -> Callable[[EngineConfig], Engine]:
         """Records what is known before anything is loaded; returns the function that loads it.
 
-        What cannot run is refused before the machine is measured.
+        A configuration that cannot run is refused before the machine is measured.
         """
         predicted = self.predict()
         self.enter("predict")
@@ -185,7 +188,7 @@ class _Attempt:
         return self.job.engine.create
 
     def predict(self) -> dict[str, int] | None:
-        """Records the memory it would take, by purpose; None where that is not known."""
+        """Records the memory that it would take, by purpose; None if that is not known."""
         for config in dict.fromkeys((_with_seats(self.job), self.job.config)):
             self.config, self.memory = config, self.job.engine.predict(config)
             if self.memory is None or self.memory.total_bytes <= self.memory.free_bytes:
@@ -194,7 +197,7 @@ class _Attempt:
         return self.fields["predicted_bytes"]
 
     def predicted_oom(self) -> Record | None:
-        """Returns the record of a configuration that would not fit; None where it may."""
+        """Returns the record of a configuration that would not fit; None if it may fit."""
         if self.memory is None or self.memory.total_bytes <= self.memory.free_bytes:
             return None
         needs = f"needs {gib(self.memory.total_bytes)}, {gib(self.memory.free_bytes)} free"
@@ -250,7 +253,7 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
                 "load_s": description.load_s,
                 "load_gb_s": description.load_gb_s,
                 "warmup_s": description.warmup_s,
-                # its configuration stands in `config` already
+                # `config` has its configuration already
                 "engine": {k: v for k, v in asdict(description).items() if k != "config"},
             }
             return attempt.record(**work(attempt, engine))
@@ -341,7 +344,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
 
 
 def _answers(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
-    """Returns the figures of tasks, and the verdict where there is a reference."""
+    """Returns the figures of tasks, and the verdict if there is a reference."""
     job = attempt.job
     assert job.quality is not None, "a job that scores nothing answers nothing"
     if not job.quality.tasks:

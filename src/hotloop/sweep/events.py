@@ -1,7 +1,7 @@
 """Events of a sweep, as they happen.
 
-``run_sweep`` passes these frozen values to its ``on_event``; those of a cell's own process come
-through a pipe first.
+``run_sweep`` passes these frozen values to its ``on_event``. Events of a cell's own process arrive
+through a pipe.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from hotloop.outside import parse_json
 
 Phase = Literal["start", "predict", "load", "speed", "quality", "tasks", "reference"]
 """The phase of a cell: starting its process, predicting memory, loading (with compilation and
-warm-up), timing, scoring, answering tasks; or, for the reference, scoring and keeping the
+warm-up), timing, scoring, answering tasks; or, for the reference, scoring and storing the
 distributions."""
 
 
 @dataclass(frozen=True)
 class Noticed:
-    """A message to the user that stops nothing, such as about a half-written line."""
+    """A message to the user, such as about a half-written line; the sweep continues."""
 
     message: str
 
@@ -40,7 +40,7 @@ class ReferenceStarted:
 
 @dataclass(frozen=True)
 class ReferenceFinished:
-    """The reference was scored and is kept in a ``folder``, or is missing for a ``reason``."""
+    """The reference was scored and stored in a ``folder``, or is missing for a ``reason``."""
 
     cell: str
     reason: str | None = None
@@ -69,7 +69,7 @@ class CellStarted:
 class CellPhase:
     """A cell, or the reference, entered a phase or made progress in it.
 
-    ``total`` is how many repeats or windows the phase has, 0 where that means nothing;
+    ``total`` is the number of repeats or windows of the phase, 0 for phases without;
     ``decode_tok_s`` is the speed of the last repeat.
     """
 
@@ -82,7 +82,7 @@ class CellPhase:
 
 @dataclass(frozen=True)
 class CellPrepared:
-    """The prediction and provenance of a cell, known before it is loaded and perhaps crashes."""
+    """The prediction and provenance of a cell, sent before it is loaded, since it may crash."""
 
     cell: str
     predicted_bytes: dict[str, int] | None

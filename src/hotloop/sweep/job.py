@@ -36,7 +36,7 @@ class Job(BaseModel):
     """One configuration to measure, or one reference to score and keep.
 
     Attributes:
-        task: Measure ``config``, or score it and keep the distributions as a reference.
+        task: Measure ``config``, or score it and store the distributions as a reference.
         cell: The cell's name.
         config: The configuration.
         source: The ``module:attribute`` of its engine's ``EngineKind``.
@@ -46,13 +46,15 @@ class Job(BaseModel):
         text_sha256: Hash of the text to score.
         weights_sha256: Hash that identifies the checkpoint (``weights.identity``); None for random
             weights.
-        draft_sha256: That of the draft model's checkpoint; None where there is none.
-        reference_model: The model to compare with, where it is not the one that is measured.
-        reference_sha256: That of this model's checkpoint.
+        draft_sha256: The same hash for the draft model's checkpoint; None without one.
+        reference_model: The model to compare with, if it is not the measured model.
+        reference_sha256: The same hash for this model's checkpoint.
         reference: The file to compare with; for a reference, the file to write.
         task_sha256s: Hashes of the tasks to answer.
-        answers: The file of the reference's answers to these; for a reference, the file to write.
-        reference_place: Where the reference was scored, if not on one device of this job's kind.
+        answers: The file of the reference's answers to the tasks; for a reference, the file to
+            write.
+        reference_place: The place where the reference was scored, if that was not one device of
+            this job's kind.
         no_reference: The reason why there is no reference.
         attempt: The number of the attempt at this cell, from 1.
         key: See :func:`measurement_key`.
@@ -90,12 +92,12 @@ class Job(BaseModel):
     def reference_job(
         self, folder: Path, *, device: str | None = None, tensor_parallel: int = 1
     ) -> Job:
-        """Makes the job that scores the reference of this one.
+        """Makes the job that scores the reference of this job.
 
-        The reference is hotloop's own engine: eager, the same dtype, and unquantized, unless the
-        user names what to compare with. It keeps only those options that change its predictions, so
+        The reference is hotloop's own engine: eager, with the same dtype, and unquantized unless
+        the user names another reference. It has only the options that change its predictions, so
         that as many cells as possible share it. The names of its files in ``folder`` are hashes of
-        these.
+        these options.
 
         Args:
             folder: The folder of references.
@@ -141,13 +143,13 @@ class Job(BaseModel):
 
 
 def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any]) -> str:
-    """Hashes everything that decides a job's result, and nothing else.
+    """Hashes everything that determines a job's result, and nothing else.
 
     A job whose key a record has is not measured again. The key covers the settled configuration,
     the identity of the checkpoints (not their names), the content of the text, its windows and the
     tasks, the reference's identity, the workload, the engine, its interpreter, the versions of
     hotloop and torch, and the machine. It leaves out names of cells and recipes, paths of files
-    whose content counts, time limits and the number of the attempt.
+    whose content is hashed, time limits and the number of the attempt.
 
     Args:
         job: The job.
@@ -167,7 +169,7 @@ def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any])
 
 
 def _scored(job: Job, settled: EngineConfig) -> dict[str, Any]:
-    """Returns everything that decides a job's predictions."""
+    """Returns everything that determines a job's predictions."""
     config = settled.to_dict()
     if job.weights_sha256:
         del config["model"], config["checkpoint"]
@@ -189,10 +191,10 @@ class Cell:
 
     Attributes:
         name: Its name, different from those of the other cells.
-        config: The configuration, with the schemes that ``auto`` stands for filled in.
-        settled: The same, with what ``auto`` stands for as far as that is known beforehand.
+        config: The configuration, with schemes in place of ``auto``.
+        settled: The same, with every other ``auto`` replaced that can be resolved beforehand.
         source: The ``module:attribute`` of its engine's ``EngineKind``.
-        engine: That ``EngineKind``.
+        engine: The ``EngineKind``.
     """
 
     name: str
@@ -249,7 +251,7 @@ def make_jobs(
     Raises:
         UnknownNameError: There is no such engine.
         ConfigError: The text or a task cannot be read, the text is too short, or the reference is
-            not one.
+            not valid.
         ModelNotFoundError: There is no such model on this machine.
         CheckpointError: A checkpoint is damaged.
     """
@@ -293,12 +295,13 @@ def _compared(
     *,
     readable: bool,
 ) -> dict[str, Any]:
-    """Returns the fields of a job that say what its quality is measured against.
+    """Returns the fields of a job that define the reference of its quality.
 
     Args:
         models: All models.
         model: The checkpoint that is measured.
-        original: The model that it is a form of; the same one, unless an engine needs another form.
+        original: The model of which it is a form; the same model, unless an engine needs another
+            form.
         quality: The options.
         readable: hotloop itself can read ``original``.
     """

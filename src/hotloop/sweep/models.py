@@ -1,8 +1,8 @@
-"""The models that an experiment reads: their content, how they are stored, and their references.
+"""The models that an experiment reads: their content, their stored forms, and their references.
 
-Quality is measured against an unquantized model. A copy that ``hotloop quantize`` wrote is
-compared with the model that it was made from, which its description names and identifies by
-content, or with nothing.
+Quality is measured against an unquantized model. A copy that ``hotloop quantize`` wrote is compared
+with the model from which it was made, or with none; its description names that model and identifies
+it by content.
 """
 
 from __future__ import annotations
@@ -76,11 +76,12 @@ class Models:
         Args:
             model: The model that is measured.
             asked: The reference that the user names.
-            copy: How ``model`` was quantized, if ``hotloop quantize`` wrote it.
+            copy: The quantization of ``model``, if ``hotloop quantize`` wrote it.
 
         Raises:
-            ConfigError: ``asked`` is a quantized copy, or not what ``model`` was made from.
-            NoReferenceError: ``model`` is a quantized copy and its source is not to be found.
+            ConfigError: ``asked`` is a quantized copy, or not the model from which ``model`` was
+                made.
+            NoReferenceError: ``model`` is a quantized copy, and its source cannot be found.
         """
         if asked is not None:
             reference = self[asked]
@@ -140,7 +141,7 @@ class NoReferenceError(ConfigError):
 
 
 def read_stored_form(path: Path) -> StoredForm:
-    """Reads how a checkpoint is stored; see ``weights.checkpoint.stored_form``."""
+    """Reads the stored form of a checkpoint; see ``weights.checkpoint.stored_form``."""
     from hotloop.weights.checkpoint import open_checkpoint, stored_form  # these import torch
 
     with closing(open_checkpoint(path)) as checkpoint:
@@ -158,11 +159,11 @@ def is_quantized_copy(name: str) -> bool:
 
 
 def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineConfig:
-    """Fills in the schemes that ``auto`` stands for, as far as one name can.
+    """Replaces the scheme ``auto`` by the stored scheme, if all matrices have the same.
 
     Args:
         config: The configuration.
-        stored: How its checkpoint is stored; None for random weights.
+        stored: The stored form of its checkpoint; None for random weights.
     """
     copy = None if stored is None else stored.quantization
     if copy is None:
@@ -177,7 +178,7 @@ def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineCon
 
 
 def checkpoints(config: EngineConfig) -> tuple[str | None, str | None]:
-    """Names the checkpoints that a configuration reads: the model's, and its draft model's."""
+    """Names the checkpoints that a configuration reads: the model's and the draft model's."""
     if config.weights == "random":
         return None, None
     return config.source, config.draft if is_draft_model(config.draft) else None

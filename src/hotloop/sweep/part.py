@@ -1,4 +1,4 @@
-"""A part of a sweep's cells, so that several machines can share a matrix without any service."""
+"""A part of a sweep's cells, so that several machines can share a matrix without a service."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Part:
         """Reads a part such as ``2/4``.
 
         Raises:
-            ConfigError: It is not one.
+            ConfigError: The text is not a part.
         """
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
         if found is None or not 1 <= int(found[1]) <= int(found[2]):

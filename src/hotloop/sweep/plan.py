@@ -1,4 +1,4 @@
-"""Plans a recipe: its cells, and whether each would fit, without loading anything."""
+"""Plans a recipe without loading anything: lists its cells, and whether each would fit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class PlannedCell:
     Attributes:
         cell: Its name.
         config: The configuration.
-        predicted_bytes: The memory it would take, by purpose; None where that is not known.
+        predicted_bytes: The memory that it would take, by purpose; None if that is not known.
         free_bytes: Bytes that its device has free now.
-        fits: Whether it would fit now; None where that is not known.
+        fits: Whether it would fit now; None if that is not known.
         unsupported: Why this machine or this model does not allow it.
     """
 

@@ -1,10 +1,10 @@
 """Runs a cell in a child process: a crash, a hang or a lack of memory becomes a record.
 
-The child leads a session of its own, so a Ctrl-C at the terminal reaches only us. What it starts
-may lead further sessions (ranks do) and outlive it, so all of these processes have an id of the
-cell in their environment, and the next cell begins when none of them is left. The child reports its
-progress through a pipe of its own; what it and its libraries print goes to a log. If the parent
-dies, the child sees its stdin close and ends itself.
+The child leads a session of its own, so a Ctrl-C at the terminal reaches only the parent. The
+child's children may lead further sessions (ranks do) and outlive it, so all of these processes have
+an id of the cell in their environment, and the next cell begins when all have ended. The child
+reports its progress through a separate pipe; its output goes to a log. If the parent dies, the
+child's stdin closes, and the child ends itself.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ from hotloop.sweep.store import MAX_LINE_BYTES
 from hotloop.writing import opened_to_append, tail
 
 GRACE_S = 5.0
-"""Seconds that a process may take to end, once it was told to or has sent its record."""
+"""Seconds that a process may take to end, after the request to end or after it has sent its record.
+"""
 
 TICK_S = 0.1
 LOG_TAIL_LINES = 6
 MOST_LOG_LINES = 1_000
-"""Lines among which a crash is looked for: faulthandler names every thread."""
+"""The number of last lines in which a crash is searched: faulthandler lists every thread."""
 
 OOM_SHARE = 0.8
-"""A process killed by somebody else while it held this much of the memory that was available when
-it started is taken for a victim of some out-of-memory killer, even if the kernel counted none."""
+"""If another process kills a cell's process while that holds this share of the memory that was
+available at its start, the cause is assumed to be an out-of-memory killer, even if the kernel
+counted none."""
 
 
 _START = """
@@ -68,15 +70,15 @@ from hotloop.sweep.worker import main
 
 main()
 """
-"""The program of a worker. It imports hotloop from the folder of this one, so that another
-interpreter need not have hotloop installed, and does not see this one's other packages."""
+"""The program of a worker. It imports hotloop from this installation's folder, so that another
+interpreter need not have hotloop installed, and does not see this interpreter's other packages."""
 
 
 _LACKS = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'$", re.MULTILINE)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a process ran, which has ended; ``record`` says how far it came."""
+    """Ctrl-C was pressed, and the running process has ended; ``record`` has its progress."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -93,14 +95,14 @@ def run_isolated(
         log: The file to which the process's output is appended.
         timeout_s: Seconds from the start of the process until it is ended.
         on_event: Receives the events of the process, except its record.
-        grace_s: Seconds between asking it to end and ending it by force.
+        grace_s: Seconds between the request to end and the kill.
 
     Returns:
-        The process's record; or, if it gave none, ours about its end: ``timeout``, ``oom`` or
+        The record of the process; or, if it sent none, a record of its end: ``timeout``, ``oom`` or
         ``failed``.
 
     Raises:
-        Interrupted: By KeyboardInterrupt, after the process was ended.
+        Interrupted: After a KeyboardInterrupt, once the process has ended.
     """
     seen = _Seen(on_event)
     fields, deadline = base_record(job), time.monotonic() + timeout_s
@@ -152,7 +154,7 @@ def run_isolated(
 
 
 class _Seen:
-    """Collects what a process reports while it runs."""
+    """Collects the reports of a running process."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
@@ -189,8 +191,8 @@ class _Seen:
     def explain_end(self, child: ChildProcess) -> tuple[Status, str]:
         """Explains the end of a process that sent no record.
 
-        A killer of processes that is not the kernel's, such as a desktop's, is not counted; it is
-        suspected if the process held most of the memory there was.
+        The kernel does not count other out-of-memory killers, such as a desktop's. One is suspected
+        if the process held most of the available memory.
         """
         code = child.poll()
         assert code is not None, "the process still runs"
@@ -208,7 +210,7 @@ class _Seen:
 
 
 class _Pipe:
-    """Lines from a file descriptor, as they come."""
+    """Lines from a file descriptor, as they arrive."""
 
     def __init__(self, file: int) -> None:
         self._file, self._rest = file, b""
@@ -216,7 +218,7 @@ class _Pipe:
         self._selector.register(file, selectors.EVENT_READ)
 
     def lines(self, timeout_s: float) -> Iterator[bytes]:
-        """Yields the whole lines that are there or come within ``timeout_s``."""
+        """Yields the whole lines that arrive within ``timeout_s``."""
         while self._selector.select(timeout_s):
             if not (chunk := os.read(self._file, 2**16)):
                 self._selector.unregister(self._file)  # the other end is closed
@@ -237,7 +239,7 @@ class _Pipe:
 def _started(
     job: Job, output: BinaryIO, grace_s: float, on_event: OnEvent
 ) -> Iterator[tuple[ChildProcess, _Pipe]]:
-    """Starts the process of a job, and the pipe of its events; ends all of it afterwards."""
+    """Starts the process of a job, and the pipe of its events; ends its processes afterwards."""
     reader, writer = os.pipe()
     pipe, cell_id = _Pipe(reader), uuid.uuid4().hex
     try:
@@ -272,7 +274,7 @@ def _started(
 
 
 def _tail(log: Path, start: int) -> str:
-    """Returns the last lines of this attempt's log; of a crash, up to the innermost frames."""
+    """Returns the last lines of this attempt's log; for a crash, with the innermost frames."""
     with log.open("rb") as file:
         lines = tail(file, MOST_LOG_LINES, start)
     for number, line in enumerate(lines):

@@ -1,7 +1,7 @@
-"""Shows the progress of a sweep on stderr: a bar on a terminal, else plain lines.
+"""Shows the progress of a sweep on stderr: by a bar on a terminal, else by plain lines.
 
-Without a terminal there is a line for each phase, and one every ``HEARTBEAT_S`` while a phase
-lasts: a log that says nothing for minutes looks like a program that hangs.
+Without a terminal, it prints a line for each phase, and one every ``HEARTBEAT_S`` during a phase: a
+log without lines for minutes looks like a program that hangs.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class SweepProgress:
             self._say(f"  {doing}")
 
     def _end(self, cell: str, outcome: str) -> None:
-        """Prints the end of a cell, whose name can be more precise by now."""
+        """Prints the end of a cell; its final name can be more precise."""
         self._progress.update(self._task, visible=False)
         with self._beating:
             self._doing = ""

@@ -1,9 +1,9 @@
 """Runs the cells of a sweep as tasks of a Ray cluster, which the extra ``ray`` installs.
 
-A task has its node's GPUs, or all CPUs of a node, as resources, so that cells do not share what
-they measure. In the task the cell runs as in any sweep, in a process of its own with its time
-limit; each node keeps references in its own cache. Records come back to the results folder of the
-machine that started the sweep. A cell whose node is lost is tried again.
+The resources of a task are GPUs of its node, or all CPUs of a node, so that cells do not share the
+hardware that they measure. In the task, the cell runs as in any sweep, in a process of its own with
+a time limit; each node stores references in its own cache. Records return to the results folder of
+the machine that started the sweep. A cell whose node is lost is tried again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RayCluster:
     """A running Ray cluster.
 
     Args:
-        address: As ``ray.init`` takes it: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
+        address: An address for ``ray.init``: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
 
     Raises:
         UnsupportedError: Ray is not installed.
@@ -81,13 +81,13 @@ class RayCluster:
         on_event: OnEvent,
         keep: Callable[[Record], object],
     ) -> list[Record]:
-        """Runs jobs, as many at once as the cluster has room for; returns records in their order.
+        """Runs as many jobs at once as the cluster has room for; returns records in order of jobs.
 
         Args:
             jobs: The jobs.
             timeout_s: Seconds that each may take.
             on_event: Receives the events.
-            keep: Called with each record as soon as it is there.
+            keep: Called with each record as soon as it arrives.
         """
         ray = self._ray
         records: dict[int, Record] = {}
@@ -142,8 +142,8 @@ class RayCluster:
 def task_resources(job: Job, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Returns the resources of a job's task: GPUs for its ranks, or else a node of its own.
 
-    Ray knows no whole node: it is as many CPUs as no node has twice, so that none runs two cells.
-    Nodes with fewer CPUs than that, such as a small head node, run none.
+    Ray cannot request a whole node. So the request is a number of CPUs that no node has twice, and
+    no node runs two cells. Nodes with fewer CPUs, such as a small head node, run none.
 
     Args:
         job: The job.
@@ -168,9 +168,9 @@ def _connect(address: str) -> None:
     """Connects to the address of a cluster, if it is HOST:PORT, and closes the connection.
 
     Raises:
-        OSError: Nobody answers there.
-        OverflowError: There is no such port.
-        ValueError: It is no name of a host.
+        OSError: Nothing answers at the address.
+        OverflowError: The port does not exist.
+        ValueError: It is not a host name.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
@@ -178,6 +178,6 @@ def _connect(address: str) -> None:
 
 
 def _is_loss(ray: Any, error: Exception) -> bool:
-    """Tells whether a task ended because its node or its worker did."""
+    """Tells whether a task ended because its node or its worker ended."""
     kinds = ("NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError", "OutOfMemoryError")
     return isinstance(error, tuple(getattr(ray.exceptions, kind) for kind in kinds))

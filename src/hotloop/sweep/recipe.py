@@ -18,7 +18,7 @@ are the fields of ``EngineConfig``, so a new field can be swept at once.
     engines:                      # settings of other engines
       vllm: {python: ~/vllm/bin/python}    # its interpreter; hotloop need not be installed there
 
-One recipe is about one model: records of different models cannot be compared, so they belong into
+A recipe has one model: records of different models cannot be compared, so they belong into
 different results folders.
 """
 
@@ -71,13 +71,13 @@ from hotloop.writing import check_component
 MAX_RECIPE_BYTES = 256 * 2**10
 
 MAX_CELLS = 1_000
-"""Cells of a recipe: at a minute each, most of a day."""
+"""The most cells of a recipe: at a minute each, most of a day."""
 
 TASK_TOKENS = 512
-"""Tokens that a sequence holds at least, where there are tasks; longer items are cut."""
+"""The shortest sequence for recipes with tasks, in tokens; longer items are cut."""
 
 DEFAULT_ITEMS = 200
-"""Items of a task that are answered by default: enough to see damage, not to rule out a loss."""
+"""The default number of items of a task: enough to see damage, not to rule out a loss."""
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 """A name or a path."""
@@ -90,9 +90,9 @@ class QualityOptions(StrictModel):
         window: Tokens in a window.
         n_windows: The most windows to score, from the beginning of the text.
         text: A UTF-8 file, relative to the recipe; None takes the text that comes with Python.
-        reference: The model to compare with, named as in ``EngineConfig``; None takes the model
-            itself, unquantized, or the one that a quantized copy was made from.
-        against: Instead of that, any model of the same vocabulary, as it is stored.
+        reference: The model to compare with, named as in ``EngineConfig``; None takes the
+            unquantized model itself, or the model from which a quantized copy was made.
+        against: In place of ``reference``: any model with the same vocabulary, as it is stored.
         tasks: The tasks: see ``evaluate.tasks``. Paths are relative to the recipe.
         n_items: The most items of each task, from its beginning; None for all.
         protocols: The protocols of perplexity: see ``evaluate.perplexity``.
@@ -123,7 +123,7 @@ class EngineSettings(StrictModel):
     """Settings of all cells of one engine.
 
     Attributes:
-        python: The interpreter, relative to the recipe; None takes the one that runs hotloop.
+        python: The interpreter, relative to the recipe; None takes hotloop's interpreter.
     """
 
     python: Annotated[Path | None, Field(strict=False)] = None
@@ -216,7 +216,7 @@ else:
 
 
 class Recipe(StrictModel):
-    """A whole experiment; the module says what the fields mean."""
+    """A whole experiment; the module's docstring explains the fields."""
 
     name: Annotated[str, AfterValidator(check_component)] = "sweep"
     model: Text
@@ -240,7 +240,7 @@ class Recipe(StrictModel):
 
     @property
     def quality_options(self) -> QualityOptions | None:
-        """``quality`` with its paths made absolute; None if there is nothing to score."""
+        """``quality`` with absolute paths; None if there is nothing to score."""
         if self.weights == "random" or self.quality is None:
             return None
         text = self.quality.text and (self._folder / self.quality.text).resolve()
@@ -252,7 +252,7 @@ class Recipe(StrictModel):
         """The interpreters of engines, by the engine's name.
 
         Raises:
-            ConfigError: One of them is not a program.
+            ConfigError: An interpreter is not a program.
         """
         found = {}
         for engine, settings in self.engines.items():
@@ -272,8 +272,8 @@ def load_recipe(path: Path | str) -> Recipe:
     """Reads and checks a recipe.
 
     Raises:
-        ConfigError: The file cannot be read, is no YAML, or says something that cannot be run;
-            problems are named by their places in the recipe.
+        ConfigError: The file cannot be read, is not YAML, or has values that cannot be run; the
+            message names their places in the recipe.
     """
     path = Path(path)
     said = parse_yaml(read_text(path, limit=MAX_RECIPE_BYTES, refuse=config_error), path)
@@ -296,12 +296,12 @@ def recipe_from_flags(
     """Makes the recipe of a command line, checked like a file.
 
     Args:
-        model: As in ``EngineConfig``.
+        model: See ``EngineConfig``.
         matrix: Field of ``EngineConfig`` -> values to try; fields without values are left out.
-        defaults: Fields of ``EngineConfig`` for all cells; those that are None are left out.
-        workload: Fields of ``Workload``; None takes the default one.
+        defaults: Fields of ``EngineConfig`` for all cells; fields that are None are left out.
+        workload: Fields of ``Workload``; None takes the default.
         quality: Fields of ``QualityOptions``, False for none, None for the default.
-        **others: ``name``, ``weights``, ``timeout_s``; those that are None are left out.
+        **others: ``name``, ``weights``, ``timeout_s``; values that are None are left out.
 
     Raises:
         ConfigError: As for ``load_recipe``.
@@ -326,7 +326,7 @@ def recipe_from_flags(
 
 
 def _flag(place: Place) -> str:
-    """Returns the option of the command line that a place in a recipe comes from."""
+    """Returns the command-line option of a place in a recipe."""
     keys = [key for key in place if isinstance(key, str)]
     if keys == ["model"]:
         return "MODEL"
@@ -343,7 +343,7 @@ def replace_models(
     pythons: Mapping[str, Path] | None = None,
     checkpoints: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """Makes the same experiment with other weights or programs; None keeps what the recipe says.
+    """Makes the same experiment with other weights or programs; None keeps the recipe's value.
 
     Args:
         recipe: The recipe to change.
@@ -351,7 +351,7 @@ def replace_models(
         model: As in ``EngineConfig``.
         draft_model: Replaces the draft model of every configuration that has one.
         pythons: The interpreters of engines, by the engine's name.
-        checkpoints: The model in the form that an engine reads, for all cells of that engine.
+        checkpoints: By engine, the model in the form that the engine reads, for all of its cells.
 
     Raises:
         ConfigError: The recipe has nothing to replace, or two cells become the same.
@@ -390,12 +390,12 @@ def replace_models(
 def expand(recipe: Recipe) -> list[EngineConfig]:
     """Makes every configuration of a recipe: the product of the matrix, then the explicit cells.
 
-    Those of other engines come before all, so that a sweep that is stopped has what its cells are
-    compared with.
+    Cells of other engines come first, so that a sweep that is stopped early has the baselines of
+    its cells.
 
-    Where the recipe does not say, ``max_batch_size`` is the workload's batch and ``max_seq_len``
-    is what the workload and the quality windows need, so that memory is that of the experiment
-    and not of the model's whole context.
+    By default, ``max_batch_size`` is the workload's batch, and ``max_seq_len`` is the length that
+    the workload and the quality windows need, so that memory is measured for the experiment, not
+    for the model's whole context.
 
     Raises:
         ConfigError: Two cells are the same, a cell cannot hold the workload or a window, or there
@@ -412,7 +412,7 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
     ]
     if recipe.cells and not axes:
-        combinations = []  # a product of no axes is one empty cell
+        combinations = []  # the product of no axes is one empty cell
     explicit = [cell.model_dump(exclude_unset=True) for cell in recipe.cells]
     defaults = recipe.defaults.model_dump(exclude_unset=True)
     written = [_config(recipe, {**defaults, **levers}) for levers in combinations + explicit]
@@ -430,7 +430,7 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
 def fit_to_experiment(
     config: EngineConfig, workload: Workload, quality: QualityOptions | None
 ) -> EngineConfig:
-    """Fills in the sequence length that an experiment needs, where ``config`` names none.
+    """Fills in the sequence length that an experiment needs, if ``config`` has none.
 
     Raises:
         ConfigError: The configuration cannot hold the workload or a quality window.
@@ -458,10 +458,10 @@ def fit_to_experiment(
 
 
 def cell_names(configs: Sequence[EngineConfig]) -> list[str]:
-    """Names each configuration, and distinguishes those of the same name.
+    """Names each configuration, with distinct names.
 
-    ``EngineConfig.name`` leaves out fields that rarely matter; where a sweep varies one of those,
-    such as ``prefill_chunk``, it is appended.
+    ``EngineConfig.name`` leaves out fields that rarely matter. A field that a sweep varies, such as
+    ``prefill_chunk``, is appended.
     """
     namesakes: dict[str, list[dict[str, Any]]] = {}
     for config in configs:
@@ -484,11 +484,11 @@ def sha256_of(value: Any) -> str:
 def _with_defaults(
     defaults: dict[str, Any], matrix: Sequence[dict[str, Any]], explicit: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Adds the defaults to the cells of the matrix and to the explicit ones.
+    """Adds the defaults to the cells of the matrix and to the explicit cells.
 
-    A lever without effect in a cell is dropped from it, unless an explicit cell has it; by that,
-    cells of the matrix can become equal. A lever without effect in any cell stays in all of them,
-    for the engine to refuse it.
+    A lever that has no effect in a cell is dropped from it, unless an explicit cell has it; cells
+    of the matrix can become equal by that. A lever that has no effect in any cell stays in all of
+    them, so that the engine refuses it.
     """
     explicit_levers = [*({} for _ in matrix), *explicit]
     whole = [{**defaults, **cell} for cell in (*matrix, *explicit)]

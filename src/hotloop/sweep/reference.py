@@ -1,4 +1,4 @@
-"""The reference that a job is compared with: whether there is one, and how a job gets it."""
+"""The reference of a job: finds it, or scores it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hotloop.sweep.events import OnEvent, ReferenceFinished, ReferenceStarted
 from hotloop.sweep.job import Job
 
 RANKS = (2, 4, 8)
-"""Numbers of GPUs that share a reference which does not fit one."""
+"""Numbers of GPUs to try for a reference that does not fit one GPU."""
 
 DID_NOT_FIT: tuple[Status, ...] = ("predicted-oom", "oom")
 
@@ -39,7 +39,7 @@ def is_reference(job: Job) -> bool:
 
 
 def with_reference(job: Job, store: ReferenceStore, on_event: OnEvent) -> Job:
-    """Scores a job's reference in this process; adds its files, or why there are none, to the job.
+    """Scores a job's reference in this process; adds its files to the job, or why there are none.
 
     Args:
         job: The job.
@@ -59,16 +59,16 @@ def find_reference(
 ) -> dict[str, Any]:
     """Finds a job's reference in the store, or scores it.
 
-    Where it does not fit the job's device, ranks on several GPUs score it, or else the CPU does.
+    If it does not fit the job's device, ranks on several GPUs score it, or else the CPU.
 
     Args:
         job: The job.
-        store: Keeps the files, and holds those that are returned.
+        store: Stores the files, and holds the returned files.
         score: Runs the job that scores a reference.
         on_event: Receives the events.
 
     Returns:
-        The fields of ``Job`` that name the reference, or say why there is none.
+        The fields of ``Job`` with the reference, or with the reason why there is none.
     """
     first = job.reference_job(store.folder)
     if _is_kept(first):
@@ -91,7 +91,7 @@ def find_reference(
 
 
 def _other_places(job: Job, folder: Path) -> Iterator[tuple[Job, str]]:
-    """Makes the jobs that score a reference elsewhere, each with the words for that place."""
+    """Makes the jobs that score a reference elsewhere, each with the name of the place."""
     if job.config.device == "cpu" or not (gpus := hardware.machine()["gpus"]):
         return
     for n in RANKS:
@@ -107,7 +107,7 @@ def _is_kept(scoring: Job) -> bool:
 def _scored(
     scoring: Job, store: ReferenceStore, score: Callable[[Job], Record], on_event: OnEvent
 ) -> Record | None:
-    """Scores a reference unless its files are kept; returns the record of one that failed."""
+    """Scores a reference unless its files exist; returns the record if that failed."""
     file = scoring.reference
     assert file is not None, "a reference job names its file"
     for made in (file, scoring.answers):

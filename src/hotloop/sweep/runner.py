@@ -43,10 +43,10 @@ COULD_NOT_RUN: tuple[Status, ...] = ("unsupported", "predicted-oom", "oom")
 """The statuses that ``resume`` tries again only if the circumstances have changed."""
 
 FINISHED: tuple[Status, ...] = (*MEASURED, *COULD_NOT_RUN)
-"""The statuses that ``resume`` does not try again otherwise: it would end the same way."""
+"""Further statuses that ``resume`` does not try again: the cell would end in the same way."""
 
 MORE_MEMORY = 1.1
-"""Free memory, relative to what it was, from which a cell that did not fit may fit."""
+"""The factor by which free memory must have grown before a cell that did not fit is tried again."""
 
 
 def run_sweep(
@@ -62,7 +62,7 @@ def run_sweep(
 
     Args:
         recipe: The recipe.
-        results: The results folder, made if need be: ``records.jsonl`` and ``logs/``.
+        results: The results folder, created if needed: ``records.jsonl`` and ``logs/``.
         resume: Allow a folder that has records, and skip the cells that it has finished; see
             ``measurement_key``. A cell that could not run is tried again if the commit, the
             packages, the GPUs or their driver differ, or if more memory is free.
@@ -72,13 +72,13 @@ def run_sweep(
 
     Returns:
         The latest record of each of the recipe's cells, in the recipe's order. Cells with
-        equivalent configurations are one.
+        equivalent configurations count as one.
 
     Raises:
-        ConfigError: The folder has records and ``resume`` was not asked for, or another sweep is
-            writing there, or the text cannot be read.
-        KeyboardInterrupt: By Ctrl-C, after the running process was ended and its cell recorded as
-            ``interrupted``.
+        ConfigError: The folder has records without ``resume``, another sweep is writing there, or
+            the text cannot be read.
+        KeyboardInterrupt: After Ctrl-C, once the running process has ended and its cell is recorded
+            as ``interrupted``.
     """
     jobs = make_jobs(
         expand(recipe),
@@ -99,7 +99,7 @@ def run_sweep(
         if ray_address is not None:
             with RayCluster(ray_address) as cluster:
                 return sweep.measure_on(cluster, jobs, earlier)
-        # All references come first, so that kernels which they share with cells are built by then.
+        # All references come first, so that kernels that they share with cells are already built.
         jobs = [sweep.with_reference(job, earlier.get(job.key)) for job in jobs]
         return [
             sweep.measure(job, earlier.get(job.key), index=index, total=len(jobs))
@@ -108,7 +108,7 @@ def run_sweep(
 
 
 def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record]:
-    """Returns the latest record of each job that was done in this folder, by the job's key."""
+    """Returns the latest record of each job in this folder, by the job's key."""
     path = results / RECORDS
     with opened_to_append(path):
         pass  # a file that cannot be written is refused before the first cell runs
@@ -136,7 +136,7 @@ def _is_finished(job: Job, earlier: Record | None) -> bool:
 
 
 def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
-    """Tells whether a cell that could not run could now, since circumstances have changed."""
+    """Tells whether a cell that could not run may run now, since circumstances have changed."""
     was, now = earlier.provenance.get("circumstances"), provenance["circumstances"]
     if was is None:
         return True  # not known: records of older versions do not say
@@ -194,7 +194,7 @@ class SingleMachine:
     def measure_on(
         self, cluster: RayCluster, jobs: Sequence[Job], earlier: Mapping[str, Record]
     ) -> list[Record]:
-        """Returns the records of jobs, of which those that are not finished run on a cluster."""
+        """Returns the records of jobs; unfinished jobs run on a cluster."""
         records: dict[str, Record] = {}
         waiting = []
         for job in jobs:
@@ -212,7 +212,7 @@ class SingleMachine:
         return [records[job.key] for job in jobs]
 
     def run(self, job: Job) -> Record:
-        """Runs a job in a process of its own on this machine, unless its devices are not here."""
+        """Runs a job in a process of its own on this machine, unless its devices are missing."""
         if (record := refuse_device(job)) is not None:
             return record
         prefix = "reference-" if job.task == "reference" else ""

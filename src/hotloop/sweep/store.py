@@ -1,7 +1,7 @@
-"""``records.jsonl``: one record a line, append-only; lines are validated when read.
+"""``records.jsonl``: one record per line, append-only; lines are validated when read.
 
-A line is written with one call and forced to the disk, so a crash loses at most the line
-being written. Reading reports lines that cannot be parsed, and does not change them.
+A line is written with one call and synced to the disk, so a crash loses at most the line being
+written. Reading reports lines that cannot be parsed, and does not change them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MAX_LINE_BYTES = 2**22
 
 
 def read_file(path: Path) -> tuple[list[Record], list[str]]:
-    """Reads the records of a file in the order they were written, and reports invalid lines.
+    """Reads the records of a file in order, and reports invalid lines.
 
     Returns:
-        The records, and a sentence for each line that is left out: half-written because something
-        ended its writer, damaged since, or with values that no record has.
+        The records, and a sentence for each line that is left out because it is incomplete,
+        damaged, or has invalid values.
 
     Raises:
-        ConfigError: A record is of a newer schema than this hotloop knows, or the file cannot be
-            read or is too large.
+        ConfigError: A record has a newer schema than this version reads, or the file cannot be read
+            or is too large.
     """
     records, problems = [], []
     with open_file(path, refuse=config_error) as file:
@@ -62,7 +62,7 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a file; of one that is too long, only as much as shows it."""
+    """Yields the lines of a file; of a line that is too long, only the beginning."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         rest = line
         while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
@@ -77,7 +77,7 @@ def append(path: Path, record: Record) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second sweep out of a results folder.
+    """Locks a results folder against a second sweep.
 
     Raises:
         ConfigError: Another sweep is writing there.

@@ -1,11 +1,11 @@
 """The process of one cell, which ``process`` starts with a file descriptor FD as its argument.
 
-Reads a job, one line of JSON, from stdin; writes events, a line of JSON each, to the file
-descriptor FD, the last one holding the record. stdout and stderr are for whoever reads the log.
+It reads a job, one line of JSON, from stdin, and writes events, a line of JSON each, to the file
+descriptor FD; the last event has the record. stdout and stderr go to the log.
 
-stdin stays open for as long as the parent lives. When it closes, the parent is gone and nobody
-will read the result, so the whole process group ends, and what this process started in other
-sessions.
+stdin stays open as long as the parent lives. When it closes, the parent is gone and nothing reads
+the result. Then the whole process group ends, and so do the processes that this process started in
+other sessions.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
 
 VOCABULARY_LIMIT_BYTES = 256 * 2**20
-"""The largest file of a vocabulary that is read: ten times the largest in use."""
+"""The largest vocabulary file that is read: ten times the largest in use."""
 
 _SPACE = "▁"
 _WHITESPACE = re.compile(r"\s+")
@@ -61,7 +61,7 @@ _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 def library_errors(file: Path, problem: str) -> Generator[None]:
     """Turns any exception of a tokenizer library into an error that names ``file``.
 
-    ``tokenizers`` raises plain Exception, and a BaseException where its Rust code panics.
+    ``tokenizers`` raises plain Exception, and a BaseException if its Rust code panics.
 
     Raises:
         CheckpointError: With ``problem`` and the library's message.
@@ -99,7 +99,7 @@ class Backend(Protocol):
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Encodes ``text``, and parses control tokens except those after a ``mark``.
 
-        No tokens are added around it. The marks are dropped.
+        No tokens are added around the text. The marks are dropped.
         """
         ...
 
@@ -174,7 +174,7 @@ class JsonBackend:
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes of a token; an added token's are its own text."""
+        """Returns the bytes of a token; for an added token, its text."""
         data = self._bytes.get(token_id)
         if data is None:
             piece = self._tokenizer.id_to_token(token_id)
@@ -187,7 +187,7 @@ class JsonBackend:
 
     def save(self, folder: Path) -> Path:
         """Writes ``tokenizer.json``."""
-        file = folder / TOKENIZER_JSON  # of which the library takes no name that is not UTF-8
+        file = folder / TOKENIZER_JSON  # since the library takes only names in UTF-8
         file.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
         return file
 
@@ -197,9 +197,9 @@ def load_json_backend(file: Path, config: TokenizerConfig) -> JsonBackend:
 
     Args:
         file: The file.
-        config: The ``tokenizer_config.json`` beside it. The tokens it adds or names as special are
-            added or special even if the file does not list them so; its other effects depend on
-            its ``tokenizer_class``.
+        config: The ``tokenizer_config.json`` beside it. Tokens that it adds or names as special are
+            added or special even if the file does not list them; its other effects depend on its
+            ``tokenizer_class``.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -341,8 +341,8 @@ def _disable_prefix_space(pre_tokenizer: Any) -> bool:
 def byte_level_alphabet() -> dict[str, int]:
     """Returns GPT-2's spelling of bytes in visible characters, from character to byte.
 
-    Bytes that are visible in Latin-1 are spelled as themselves, the others, in order, as the
-    characters from U+0100 on.
+    Bytes that are visible in Latin-1 are spelled as themselves; the other bytes are spelled, in
+    order, as the characters from U+0100 on.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -369,20 +369,20 @@ def _sentencepiece_bytes(piece: str, spaces: bool = True, byte_pieces: bool = Tr
 
 
 class SentencePieceBackend:
-    """A SentencePiece model, with tokens beside it that the model itself does not know.
+    """A SentencePiece model, with added tokens that are not part of the model.
 
     Args:
         proto: The model.
         file: Its file, for error messages.
         config: The ``tokenizer_config.json`` beside it. ``added_tokens_decoder`` adds tokens,
             ``add_bos_token`` (true unless it says otherwise) and ``add_eos_token`` frame a text
-            with the tokens it names. SentencePiece puts a space before a text, unless
-            ``add_prefix_space`` is false; ``legacy: false`` keeps it from doing so again after
-            every special token within one.
+            with the tokens that it names. SentencePiece puts a space before a text, unless
+            ``add_prefix_space`` is false; with ``legacy: false`` it adds no further space after
+            special tokens within the text.
 
     Raises:
         CheckpointError: The model contradicts itself.
-        UnsupportedError: It normalizes text in a way that is not undone here.
+        UnsupportedError: It normalizes text in a way that cannot be undone here.
     """
 
     def __init__(self, proto: ModelProto, file: Path, config: TokenizerConfig) -> None:
@@ -430,7 +430,7 @@ class SentencePieceBackend:
         self._suffix = [eos] if eos is not None and config.add_eos_token else []
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Encodes ``text``: each stretch between added tokens by itself."""
+        """Encodes ``text``: each part between added tokens separately."""
         ids = self._encode(text, self._splits[parse_special], first=True)
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 

@@ -2,7 +2,7 @@
 
 A template comes with the model and is not trusted: it runs in a process of its own
 (``template_process``), in Jinja's sandbox and under limits of time, memory and output. The process
-starts with the first prompt, in about a tenth of a second, and serves the later ones.
+starts with the first prompt, in about a tenth of a second, and serves all later prompts.
 """
 
 from __future__ import annotations

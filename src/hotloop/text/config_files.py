@@ -2,8 +2,8 @@
 
 Hugging Face's names are used everywhere in ``text``: the keys of a GGUF file are translated to them
 on reading, so that there is one meaning and one way to save it. As in transformers, the effect of a
-key can depend on ``tokenizer_class``: some classes add BOS whatever the file of the vocabulary
-says, others ignore the key.
+key can depend on ``tokenizer_class``: some classes add BOS whatever the vocabulary file says, and
+others ignore the key.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_optional_json(file: Path) -> dict[str, Any]:
 
 
 def file_is_there(file: Path) -> bool:
-    """Tells whether a path exists, as a broken link too: that is not the same as no file."""
+    """Tells whether a path exists, also as a broken link, which differs from a missing file."""
     return os.path.lexists(file)
 
 
@@ -60,7 +60,7 @@ def file_is_there(file: Path) -> bool:
 
 
 class Token(StrictModel):
-    """A token as configurations describe it: its text, and how it is matched."""
+    """A token of a configuration: its text, and how it is matched."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -100,7 +100,7 @@ DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"
 
 
 def named_templates(templates: Mapping[str, str | None]) -> str | list[dict[str, str]]:
-    """Returns chat templates by name as a ``tokenizer_config.json`` holds them."""
+    """Returns the chat templates of a ``tokenizer_config.json``, by name."""
     given = {name: template for name, template in templates.items() if template is not None}
     if given.keys() == {DEFAULT_TEMPLATE}:
         return given[DEFAULT_TEMPLATE]
@@ -137,7 +137,7 @@ class TokenizerConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _collect_own_names(cls, value: Any) -> Any:
-        """Collects special tokens with names of the model's own, such as ``image_token``."""
+        """Collects special tokens with model-specific names, such as ``image_token``."""
         if not isinstance(value, dict):
             return value
         own = [
@@ -177,7 +177,7 @@ class TokenizerConfig(StrictModel):
 
     @property
     def kind(self) -> TokenizerClass:
-        """The behaviour of its tokenizer class."""
+        """The behaviour of the tokenizer class."""
         return _CLASSES.get((self.tokenizer_class or "").removesuffix("Fast"), TokenizerClass())
 
 
@@ -189,9 +189,9 @@ class TokenizerClass:
         frames: It follows ``add_bos_token`` and ``add_eos_token``, whatever tokens the file adds
             around a text. Other classes follow the file. (This is transformers 4, with which models
             of these classes were made; 5 follows the keys where there is no ``tokenizer.json``.)
-        adds_bos: It adds BOS where ``add_bos_token`` is not given.
+        adds_bos: It adds BOS by default, without ``add_bos_token``.
         takes_prefix_space: It follows ``add_prefix_space``.
-        names: Its special tokens, where the configuration names none.
+        names: Its special tokens, if the configuration names none.
     """
 
     frames: bool = False
@@ -287,10 +287,10 @@ class _AddedIds(StrictModel):
 
 
 def read_added_tokens(folder: Path) -> dict[str, int]:
-    """Reads the tokens and ids of an ``added_tokens.json``; empty where there is none.
+    """Reads the tokens and ids of an ``added_tokens.json``; empty if there is none.
 
     Raises:
-        CheckpointError: It is not JSON, or holds anything but ids.
+        CheckpointError: It is not JSON, or has values that are not ids.
     """
     file = folder / ADDED_TOKENS
     return validated(_AddedIds, {"ids": read_optional_json(file)}, file).ids

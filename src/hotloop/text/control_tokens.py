@@ -1,10 +1,10 @@
-"""Keeps control tokens that are spelled in messages as text.
+"""Treats control tokens that messages spell as text.
 
 A chat template writes control tokens and the text of messages into one string. So that messages
-cannot write control tokens too, a mark is inserted before each one that they spell, before the
-template runs. ``Backend.encode_marked`` then parses only unmarked control tokens, and drops the
-marks. The text between marks is unchanged, so that templates that trim, split or search a message
-find what they expect.
+cannot write control tokens, a mark is inserted before each control token that they spell, before
+the template runs. ``Backend.encode_marked`` then parses only unmarked control tokens, and drops the
+marks. The text between marks is unchanged, so that templates can trim, split and search messages as
+usual.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class ControlTokens:
     def marked(self, value: Any, mark: str) -> Any:
         """Copies a JSON value with ``mark`` before every control token in its texts.
 
-        A text's end that begins a control token is marked too: the next text could complete it.
+        If the end of a text is the beginning of a control token, it is marked too: the next text
+        could complete it.
 
         Raises:
             RequestError: The value is not JSON, or nested more than ``MAX_DEPTH`` levels deep.
@@ -86,7 +87,7 @@ def unused_mark(value: Any) -> str:
 def _with_texts(value: Any, change: Callable[[str], str], levels: int = MAX_DEPTH) -> Any:
     """Copies a JSON value, with ``change`` applied to each of its texts, keys included.
 
-    Other values are refused, since their texts could not be changed.
+    Values of other types are refused, since their texts could not be changed.
     """
     if isinstance(value, str):
         return change(value)

@@ -1,7 +1,6 @@
-"""Incremental detokenizing: token ids to characters, and characters up to a stop string.
+"""Incremental detokenizing: from token ids to characters, and up to a stop string.
 
-Both classes withhold text that is not final yet, and take time in proportion to their input:
-nothing is decoded twice.
+Both classes withhold text that is not final yet. They take linear time: nothing is decoded twice.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ if TYPE_CHECKING:
 class Detokenizer:
     """Decodes one sequence token by token.
 
-    The concatenation of its results is what ``tokenizer.decode(after + ids)`` adds to
+    Its concatenated results are the text that ``tokenizer.decode(after + ids)`` has beyond
     ``tokenizer.decode(after)``. So the space that a SentencePiece vocabulary adds before a text is
     removed only at the beginning of a text, never within one.
 
     Args:
         tokenizer: The tokenizer.
         after: The tokens before the sequence, which end with a whole character.
-        skip_special: Leave control tokens out.
+        skip_special: Leave out control tokens.
         visible: Control tokens, by their spelling, that are not left out.
     """
 
@@ -66,10 +65,10 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Passes text up to the first stop string, and no part of that.
+    """Passes text up to the first stop string, without any part of the stop string.
 
-    The first stop string is the one that is complete first, or the longest of those that are
-    complete at the same character. So the result does not depend on how the text is divided into
+    The first stop string is the one that is complete first; of several that are complete at the
+    same character, the longest. So the result does not depend on how the text is divided into
     pieces.
 
     Args:
@@ -108,7 +107,7 @@ class StopFilter:
 def final_length(text: str, sought: Sequence[str]) -> int:
     """Returns the start of the longest suffix of ``text`` that begins one of the texts sought.
 
-    It takes time in proportion to their length, whatever that of ``text``.
+    Its time depends on the length of these texts, not on that of ``text``.
     """
     end = len(text)
     for one in sought:

@@ -1,6 +1,6 @@
-"""Control tokens that are known by their spelling: ends of an answer, and parts of code.
+"""Well-known spellings of control tokens that end an answer or a part of code.
 
-Files do not always name the tokens that end an answer, or name the wrong one: a model whose
+Files do not always name the tokens that end an answer, or they name a wrong one: a model whose
 template ends turns with ``<|im_end|>`` may name only ``<|endoftext|>``. Therefore the well-known
 spellings count as well as the tokens that a file names. The spellings are those of llama.cpp.
 """
@@ -26,7 +26,7 @@ END_MARKERS = frozenset(
         "[EOT]",
     }
 )
-"""Ends of an answer, if they are control tokens."""
+"""Spellings that end an answer, if they are control tokens."""
 
 CODE_END_MARKERS = frozenset(
     {
@@ -43,7 +43,7 @@ CODE_END_MARKERS = frozenset(
         "[PAD]",
     }
 )
-"""Ends of fill-in-the-middle: padding, or the next file of a repository."""
+"""Spellings that end fill-in-the-middle: padding, or the next file of a repository."""
 
 CODE_PART_MARKERS = frozenset(
     {

@@ -1,4 +1,4 @@
-"""Reads the sampling defaults that a model's makers suggest.
+"""Reads the default sampling options that come with a model.
 
 They are in ``generation_config.json``, or in the ``general.sampling.*`` keys of a GGUF file, and
 become arguments of ``SamplingParams``. The user's own options take precedence. The end-of-sequence
@@ -31,7 +31,7 @@ _GGUF_KEYS = {
 
 
 def _or_nothing(value: Any) -> Any:
-    """Turns empty values into None, and -1, by which several tools switch an option off."""
+    """Converts empty values to None, and also -1, with which several tools disable an option."""
     return None if value in ("", [], {}) or (value == -1 and type(value) is int) else value
 
 
@@ -70,11 +70,11 @@ class _GGUFSuggestions(_SuggestedSampling):
 
 
 def generation_defaults(path: Path) -> dict[str, Any]:
-    """Returns the arguments for ``SamplingParams`` that a model suggests.
+    """Returns a model's default arguments for ``SamplingParams``.
 
     As in Hugging Face's transformers, a ``generation_config.json`` samples only if ``do_sample`` is
-    true, at temperature 1 unless it gives another; otherwise it is greedy, and its other options of
-    sampling are ignored.
+    true, by default at temperature 1; otherwise decoding is greedy, and its other sampling options
+    are ignored.
 
     Args:
         path: A model folder or a ``.gguf`` file.

@@ -1,9 +1,9 @@
 """Reads the tokenizer of a GGUF file, as llama.cpp does.
 
-A GGUF file holds a vocabulary and the *name* of the pre-tokenizer, the rules that split text before
-it is merged into tokens. The rules are a table of llama.cpp, restated here for the models that
-hotloop runs. Other names are refused: the wrong rules would still give tokens, but not those that
-the model was trained with.
+A GGUF file has a vocabulary and the *name* of the pre-tokenizer: the rules that split text before
+it is merged into tokens. llama.cpp has a table of these rules; this module has the rules of the
+models that hotloop runs. Other names are refused: wrong rules would give tokens with which the
+model was not trained.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ _PREFIX = "tokenizer.ggml."
 _UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(7)
 
 _CONTROL_SPELLINGS = END_MARKERS | CODE_END_MARKERS | CODE_PART_MARKERS
-"""Control tokens whatever their type is: some converters have written them as text."""
+"""Spellings of tokens that are control tokens whatever their type: some converters wrote them as
+text."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -76,10 +77,11 @@ _CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 @dataclass(frozen=True, kw_only=True)
 class _Splitting:
-    """A pre-tokenizer: how text is split before merging, and what else depends on its name.
+    """A pre-tokenizer: how text is split before merging, and further settings by its name.
 
     Attributes:
-        patterns: Each splits the pieces of the one before it, into matches and the text between.
+        patterns: Regular expressions. Each splits the pieces of the previous one into matches and
+            the text between.
         nfc: Text is normalized to NFC first.
         ignore_merges: A piece that is a token is encoded as that token, without merges.
         add_bos: The default of ``add_bos_token``.
@@ -94,7 +96,7 @@ class _Splitting:
 _DEFAULT = _Splitting(
     patterns=(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 )
-"""llama.cpp's rules for files that name none. No model was trained with them."""
+"""llama.cpp's rules for files without a name. No model was trained with them."""
 
 _DEFAULT_NOTE = (
     f"{_PREFIX}pre names no rules: text is split by llama.cpp's default ones, which may not be the "
@@ -182,7 +184,7 @@ _NAMES = {
     "pad_token": "padding_token_id",
 }
 _NEVER_USED = ("unknown_token_id", "padding_token_id", *_CODE_END_IDS)
-"""Ids that may be outside the vocabulary: some files that work elsewhere have such."""
+"""Keys whose ids may be outside the vocabulary, as in some files that work elsewhere."""
 
 
 class GGUFVocabulary(NamedTuple):

@@ -1,14 +1,14 @@
 """The process that renders a chat template: a script that uses Jinja and the standard library.
 
-A template is a program that came with a model, and is not trusted. Jinja's immutable sandbox keeps
-it from Python's internals, and from changing its arguments. The operating system limits time and
-memory, which the sandbox does not: a template that exceeds a limit can only end this process, and
-the parent reports it. The process cannot open files.
+A template is a program that came with a model, and is not trusted. Jinja's immutable sandbox denies
+it access to Python's internals, and changes of its arguments. The operating system limits time and
+memory, which the sandbox does not. A template that exceeds a limit only ends this process, and the
+parent reports it. The process cannot open files.
 
 Requests and replies are JSON in UTF-8, each after its length in eight bytes. The first request is
-``{template, memory_bytes, cpu_s, output_chars}``, every other one ``{messages, variables, mark}``.
-A reply holds ``text``, or ``problem`` and its ``kind``: ``syntax``, ``refused`` (by the template or
-the sandbox), ``failed`` or ``limit``.
+``{template, memory_bytes, cpu_s, output_chars}``, every later request is ``{messages, variables,
+mark}``. A reply has ``text``, or ``problem`` and its ``kind``: ``syntax``, ``refused`` (by the
+template or the sandbox), ``failed`` or ``limit``.
 
 Templates have the same environment (functions, filters, whitespace rules) as in Hugging Face's
 transformers.

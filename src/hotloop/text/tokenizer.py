@@ -1,8 +1,8 @@
-"""A model's tokenizer: text to token ids and back, and messages to a prompt.
+"""A model's tokenizer: converts text to token ids and back, and messages to a prompt.
 
 It is read from ``tokenizer.json``, ``tokenizer.model`` (SentencePiece) or the vocabulary of a GGUF
-file; other kinds are refused by name. Nothing is unpickled, and of the model's code only the chat
-template runs, in a sandbox.
+file; other kinds are refused by name. Nothing is unpickled. The only code of a model that runs is
+its chat template, in a sandbox.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Tokenizer:
     """One model's tokenizer. Make one with ``load_tokenizer``; safe to share between threads.
 
     Attributes:
-        source: The folder or file it was read from.
+        source: The folder or file from which it was read.
         backend: The vocabulary.
         config: Its ``tokenizer_config.json``, or the equivalent.
         eos_ids: The tokens that end an answer.
         chat_template: The model's chat template, if it has one.
-        tool_template: Its template for conversations with tools, if that is another one.
+        tool_template: Its template for conversations with tools, if it has a separate one.
         notes: Remarks for the user.
     """
 
@@ -74,7 +74,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this. The model's own vocabulary can be larger, by padding."""
+        """Token ids are below this. The model's vocabulary can be larger, because of padding."""
         return self.backend.vocab_size
 
     @property
@@ -162,7 +162,7 @@ class Tokenizer:
         Args:
             messages: Each with ``role`` and ``content``.
             add_generation_prompt: End with the beginning of the assistant's answer.
-            variables: Whatever else the model's template understands, such as ``tools`` or
+            variables: Further variables of the model's template, such as ``tools`` or
                 ``enable_thinking``.
 
         Raises:
@@ -187,8 +187,8 @@ class Tokenizer:
     ) -> ChatPrompt:
         """Renders a conversation to a prompt, up to the beginning of the model's answer.
 
-        Only the template can write control tokens: those that messages and variables spell are
-        text.
+        Only the template can write control tokens: control tokens that messages and variables spell
+        are text.
 
         Args:
             messages: Each with ``role`` and ``content``.
@@ -196,7 +196,7 @@ class Tokenizer:
                 continues the last message.
             continue_final_message: The answer continues the last message instead of beginning a
                 new one.
-            variables: Whatever else the model's template understands, such as ``tools`` or
+            variables: Further variables of the model's template, such as ``tools`` or
                 ``enable_thinking``.
 
         Raises:
@@ -287,9 +287,9 @@ def _check_unicode(text: str) -> None:
 
 
 def _with_ending(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Appends a sign to the last message, by which its end is found in the prompt.
+    """Appends a marker to the last message, by which its end is found in the prompt.
 
-    The sign ends in a space, which shows whether the template trims.
+    The marker ends with a space, which shows whether the template trims.
     """
     content = messages[-1].get("content") if messages else None
     if not isinstance(content, str):
@@ -375,7 +375,7 @@ def _with_added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _eos_ids(folder: Path, config: TokenizerConfig, backend: Backend) -> frozenset[int]:
     """Returns the tokens that end an answer, by their ids and by their spelling.
 
-    The ids are those of ``generation_config.json``, or if it has none, of the other two files.
+    The ids come from ``generation_config.json``, or if it has none, from the other two files.
     """
     spelled = spelled_ends(backend.added_ids, backend.special_ids)
     if ids := read_end_ids(folder / GENERATION_CONFIG):
