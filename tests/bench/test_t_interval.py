@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hotloop.bench.statistics import mean_figure, t_critical
+from hotloop.bench.statistics import (
+    mean_figure,
+    positive_mean_figure,
+    share_figure,
+    t_critical,
+)
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
@@ -56,3 +61,38 @@ def test_interval_over_windows_covers_where_one_over_tokens_would_not():
 
     assert coverage(nll.mean(axis=2)) == pytest.approx(0.95, abs=0.017)
     assert coverage(nll[:100].reshape(100, -1)) < 0.5
+
+
+def share_covered(clusters_known: bool) -> float:
+    """How often the 95 % interval holds the mean of texts whose articles differ, as windows do."""
+    random, covered, n = np.random.default_rng(5), 0, 600
+    for _ in range(n):
+        sizes = random.integers(1, 9, size=24).tolist()
+        of_articles = np.repeat(random.normal(0, 1, len(sizes)), sizes)
+        samples = 3 + of_articles + random.normal(0, 1, sum(sizes))
+        figure = mean_figure(samples.tolist(), clusters=sizes if clusters_known else None)
+        covered += figure.ci95[0] <= 3 <= figure.ci95[1]
+    return covered / n
+
+
+def test_intervals_that_are_clustered_by_article_hold_the_mean_95_times_in_100():
+    assert share_covered(clusters_known=True) == pytest.approx(0.945, abs=0.02)
+    assert share_covered(clusters_known=False) < 0.85
+
+
+@pytest.mark.parametrize("make", [mean_figure, positive_mean_figure])
+def test_clusters_change_the_interval_and_neither_mean_nor_samples(make):
+    samples = [1.0, 1.2, 3.0, 3.1, 2.9, 0.4]
+    plain, clustered = make(samples), make(samples, clusters=[2, 3, 1])
+    assert clustered.mean == pytest.approx(plain.mean)
+    assert (clustered.n, clustered.samples) == (plain.n, plain.samples)
+    residuals = np.array([2.2, 9.0, 0.4]) - np.array([2, 3, 1]) * np.mean(samples)
+    assert clustered.se == pytest.approx(math.sqrt(3 / 2 * (residuals**2).sum()) / 6)
+    assert make(samples, clusters=[1] * 6) == plain
+
+
+def test_shares_are_clustered_likewise():
+    won, of = [3, 4, 9, 9], [10, 10, 10, 10]
+    plain, clustered = share_figure(won, of), share_figure(won, of, clusters=[2, 2])
+    assert (clustered.mean, clustered.samples) == (plain.mean, plain.samples)
+    assert clustered.ci95[0] < plain.ci95[0] < plain.mean < plain.ci95[1] < clustered.ci95[1]

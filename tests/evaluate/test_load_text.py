@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import platform
 
@@ -25,6 +26,38 @@ def test_a_file_is_taken_byte_for_byte(tmp_path):
     assert text.content.encode() == data
     assert text.sha256 == hashlib.sha256(data).hexdigest()
     assert text.name == "mine.txt", "a record must not hold the user's folders"
+
+
+def test_topics_are_the_articles_of_the_default_text():
+    text = load_text(None)
+    assert text.starts[0] == 0
+    assert len(text.starts) > 20
+    assert all(text.content[start - 2 : start] == "\n\n" for start in text.starts[1:])
+
+
+def test_titles_as_wikitext_has_them_begin_articles_and_titles_of_sections_do_not(tmp_path):
+    path = tmp_path / "wiki.txt"
+    path.write_text(" \n = One = \n \n Text a = b . \n = = Part = = \n more \n = Two = \n end\n")
+    text = load_text(path)
+    assert [text.content[start:].split("\n")[0] for start in text.starts] == [
+        " = One = ",
+        " = Two = ",
+    ]
+
+
+def test_each_line_of_a_jsonl_text_is_an_article(tmp_path):
+    path = tmp_path / "articles.jsonl"
+    articles = ["First.\nStill the first.", "Second", "Third"]
+    path.write_text("\n".join(json.dumps({"text": each, "id": 7}) for each in articles) + "\n")
+    text = load_text(path)
+    assert text.content == "\n\n".join(articles)
+    assert [text.content[i:][: len(a)] for i, a in zip(text.starts, articles, strict=True)] == (
+        articles
+    )
+    assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text('{"text": "fine"}\n{"body": "no text"}\n')
+    with pytest.raises(ConfigError, match=r"articles.jsonl, line 2.*\{\"text\": \"...\"\}"):
+        load_text(path)
 
 
 @pytest.mark.parametrize(

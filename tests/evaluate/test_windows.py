@@ -1,7 +1,7 @@
 import pytest
 
 from hotloop.errors import ConfigError
-from hotloop.evaluate.windows import make_windows, take_windows
+from hotloop.evaluate.windows import make_windows, take_windows, windows_of_articles
 
 
 def test_windows_follow_each_other_and_the_ragged_tail_is_dropped():
@@ -42,3 +42,26 @@ def test_no_more_of_a_text_is_tokenized_than_its_windows_need(n_words, limit):
     assert take_windows(encode, text, size, limit) == make_windows(encode(text), size, limit)
     if n_words == 30_000 and limit in (1, 3):
         assert sum(seen[:-1]) < len(text) / 10
+
+
+def articles(lengths: list[int]) -> tuple[str, list[int]]:
+    """A text of articles of so many characters, each a token, and where they begin."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return "".join(chr(97 + i % 26) * n for i, n in enumerate(lengths)), starts
+
+
+def test_a_window_is_of_the_article_in_which_its_middle_lies():
+    lengths = [10, 3, 25, *[10] * 22]
+    text, starts = articles(lengths)
+    counts = windows_of_articles(list, text, starts, 10, 23)
+    assert counts == (1, 3, *[1] * 19), "the middle of no window lies in the article of 3"
+    middles = [text[i * 10 + 5] for i in range(23)]
+    assert sum(counts) == 23
+    assert [middles.count(each) for each in dict.fromkeys(middles)] == list(counts)
+
+
+def test_windows_of_few_articles_are_not_clustered_by_article():
+    text, starts = articles([100] * 30)
+    assert windows_of_articles(list, text, starts, 10, 190) is None
+    assert windows_of_articles(list, text, starts, 10, 200) == (10,) * 20
+    assert windows_of_articles(list, text, [], 10, 200) is None

@@ -239,6 +239,8 @@ class QualityProtocol(StrictModel):
         text_sha256: Hash of its UTF-8 bytes.
         window: Tokens in a window. Windows do not overlap, and no token is added before them.
         n_windows: Windows scored, from the beginning of the text.
+        articles: The number of windows in each article of the text, if standard errors are
+            clustered by article; None if they are clustered by window.
         reference: The reference of the comparison, such as ``none/eager float32``.
     """
 
@@ -246,7 +248,16 @@ class QualityProtocol(StrictModel):
     text_sha256: Name
     window: Count
     n_windows: Count
+    articles: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
     reference: Name | None = None
+
+    @model_validator(mode="after")
+    def _every_window_is_of_an_article(self) -> Self:
+        if self.articles is not None and sum(self.articles) != self.n_windows:
+            raise ValueError(
+                f"articles have {sum(self.articles)} windows, and there are {self.n_windows}"
+            )
+        return self
 
 
 class _Keys(TypedDict, total=False):

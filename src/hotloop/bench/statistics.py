@@ -5,10 +5,13 @@ within a window are correlated, so their spread says little about the next windo
 equal length, the mean of window means is the mean over all predictions, and its clustered standard
 error (Liang & Zeger 1986, one cluster per window) equals that of a plain mean over windows; so the
 same functions serve speed and quality. ``clustered_mean_figure`` is for windows of unequal length.
+Windows of one article are correlated too: where the articles of a text are known, they are a
+figure's ``clusters``, and windows are still its samples.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -20,16 +23,23 @@ _MAX_LOG_FACTOR = 50.0
 
 
 def mean_figure(
-    samples: Sequence[float], *, within: tuple[float, float] = (-math.inf, math.inf)
+    samples: Sequence[float],
+    *,
+    within: tuple[float, float] = (-math.inf, math.inf),
+    clusters: Sequence[int] | None = None,
 ) -> Figure:
-    """Computes the mean, standard error and 95 % t-interval of independent samples.
+    """Computes the mean, standard error and 95 % t-interval of samples.
 
     Args:
         samples: One sample or more. A single sample has no interval and no standard error.
         within: The possible range of the mean, such as (0, 1) for a rate. The interval is limited
             to it, which does not reduce its coverage.
+        clusters: The number of consecutive samples in each cluster, if only clusters are
+            independent. None for independent samples.
     """
-    return clustered_mean_figure(samples, [1] * len(samples), within=within)
+    sizes = clusters or [1] * len(samples)
+    figure = clustered_mean_figure(_sums(samples, sizes), sizes, within=within)
+    return figure.model_copy(update={"n": len(samples), "samples": tuple(samples)})
 
 
 def clustered_mean_figure(
@@ -60,7 +70,9 @@ def clustered_mean_figure(
     return Figure(mean=mean, ci95=(low, high), se=se, n=n, samples=samples)
 
 
-def positive_mean_figure(samples: Sequence[float]) -> Figure:
+def positive_mean_figure(
+    samples: Sequence[float], *, clusters: Sequence[int] | None = None
+) -> Figure:
     """Computes the mean of a skewed quantity above 0, with the interval of its logarithm.
 
     The standard error of the logarithm is that of the mean, divided by the mean (delta method). A
@@ -68,35 +80,51 @@ def positive_mean_figure(samples: Sequence[float]) -> Figure:
 
     Args:
         samples: One sample or more.
+        clusters: As for ``mean_figure``.
     """
-    figure = mean_figure(samples, within=(0, math.inf))
+    figure = mean_figure(samples, within=(0, math.inf), clusters=clusters)
     if figure.se is None or figure.mean <= 0:
         return figure
-    factor = math.exp(min(t_critical(figure.n - 1) * figure.se / figure.mean, _MAX_LOG_FACTOR))
+    critical = t_critical(len(clusters or samples) - 1)
+    factor = math.exp(min(critical * figure.se / figure.mean, _MAX_LOG_FACTOR))
     interval = (figure.mean / factor, figure.mean * factor)
     return figure.model_copy(update={"ci95": interval})
 
 
-def share_figure(successes: Sequence[float], trials: Sequence[int]) -> Figure:
-    """Computes the share of successes in clusters, with Wilson's score interval.
+def share_figure(
+    successes: Sequence[float], trials: Sequence[int], *, clusters: Sequence[int] | None = None
+) -> Figure:
+    """Computes the share of successes in samples of trials, with Wilson's score interval.
 
-    Trials of a cluster are correlated. So the interval is computed for fewer trials, by the design
+    Trials of a sample are correlated. So the interval is computed for fewer trials, by the design
     effect: the variance between clusters over that of independent trials (Kish 1965). Unlike a
     t-interval it stays between 0 and 1, and its width is not zero if every trial succeeds. Samples
-    are the clusters' shares.
+    are shares.
 
     Args:
-        successes: Successes in each cluster.
-        trials: Trials in each cluster.
+        successes: Successes in each sample.
+        trials: Trials in each sample.
+        clusters: As for ``mean_figure``.
     """
-    figure = clustered_mean_figure(successes, trials)
+    sizes = clusters or [1] * len(trials)
+    totals = [round(total) for total in _sums(trials, sizes)]
+    figure = clustered_mean_figure(_sums(successes, sizes), totals)
+    shares = tuple(won / n for won, n in zip(successes, trials, strict=True))
+    figure = figure.model_copy(update={"n": len(trials), "samples": shares})
     if figure.se is None:
         return figure
     share, n = figure.mean, sum(trials)
     independent = share * (1 - share) / n
     effect = max(1.0, figure.se**2 / independent) if independent > 0 else 1.0
-    interval = wilson_interval(share, n / effect, critical=t_critical(len(trials) - 1))
+    interval = wilson_interval(share, n / effect, critical=t_critical(len(sizes) - 1))
     return figure.model_copy(update={"ci95": interval})
+
+
+def _sums(values: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Sums the values of each cluster, which has so many consecutive ones."""
+    assert sum(sizes) == len(values), f"{len(values)} values in clusters of {sizes}"
+    rest = iter(values)
+    return [math.fsum(itertools.islice(rest, size)) for size in sizes]
 
 
 def answers_figure(right: Sequence[bool]) -> Figure:

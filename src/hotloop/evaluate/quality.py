@@ -6,8 +6,9 @@ figure is the difference per window. KL divergence uses the whole distribution, 
 that do not affect the correct token.
 
 All windows are of equal length, so the mean of their means is the mean over all predictions, and
-the interval over windows is clustered by window (see ``bench.statistics``). It applies to further
-text of the same kind; other kinds of text can give other results. Sums are in float64.
+the interval is clustered by article, if the text has enough articles, else by window (see
+``bench.statistics``). It applies to further text of the same kind; other kinds of text can give
+other results. Sums are in float64.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def measure_quality(
     windows: Sequence[Sequence[int]],
     *,
     reference: Reference | None = None,
+    articles: Sequence[int] | None = None,
     on_window: OnWindow | None = None,
 ) -> Quality:
     """Scores every window with ``engine``, and compares with ``reference`` if there is one.
@@ -106,6 +108,8 @@ def measure_quality(
         engine: The engine, as it was timed.
         windows: Token ids, all of the same length; see ``make_windows``.
         reference: The unquantized model's predictions on the same windows.
+        articles: The number of windows in each article, to cluster standard errors by article; None
+            clusters them by window.
         on_window: Progress.
 
     Raises:
@@ -133,7 +137,7 @@ def measure_quality(
             same_top1.append(score.top1.cpu() == reference.top1[index])
 
     _score_each(engine, windows, add, full=reference is not None, on_window=on_window)
-    figures = _Figures(nll, reference_nll, kl, same_top1, partial)
+    figures = _Figures(nll, reference_nll, kl, same_top1, partial, articles)
     whole = figures.between(1, len(windows[0]))
     if reference is None:
         return Quality(**whole, by_depth=figures.by_depth())
@@ -141,7 +145,7 @@ def measure_quality(
     return Quality(
         **whole,
         **({} if partial else _quantiles(kl)),
-        delta_p=mean_figure(delta_p.mean(dim=1).tolist(), within=(-1, 1)),
+        delta_p=mean_figure(delta_p.mean(dim=1).tolist(), within=(-1, 1), clusters=articles),
         delta_p_rms=delta_p.square().mean().sqrt().item(),
         kl_floor=positive_mean_figure(reference.floor.tolist()),
         by_depth=figures.by_depth(),
@@ -160,21 +164,24 @@ class _Figures:
     kl: list[Tensor]
     same_top1: list[Tensor]
     partial: bool
+    articles: Sequence[int] | None
 
     def between(self, start: int, end: int) -> dict[str, Any]:
         """Returns the figures of predicted positions from ``start`` to before ``end``."""
         part = slice(start - 1, end - 1)
         nll = [window[part].mean().item() for window in self.nll]
-        figures: dict[str, Any] = {"perplexity": _perplexity(nll)}
+        figures: dict[str, Any] = {"perplexity": _perplexity(nll, self.articles)}
         if self.reference_nll:
             reference = [window[part].mean().item() for window in self.reference_nll]
             increase = [mine - theirs for mine, theirs in zip(nll, reference, strict=True)]
             kl = [window[part].mean().item() for window in self.kl]
             same = [int(window[part].sum()) for window in self.same_top1]
             figures |= {
-                "delta_ln_ppl": mean_figure(increase),
-                "kl_at_least" if self.partial else "kl_mean": positive_mean_figure(kl),
-                "same_top1": share_figure(same, [end - start] * len(same)),
+                "delta_ln_ppl": mean_figure(increase, clusters=self.articles),
+                "kl_at_least" if self.partial else "kl_mean": positive_mean_figure(
+                    kl, clusters=self.articles
+                ),
+                "same_top1": share_figure(same, [end - start] * len(same), clusters=self.articles),
             }
         return figures
 
@@ -310,8 +317,8 @@ def _quantiles(kl: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
-def _perplexity(nll: Sequence[float]) -> Figure:
-    return perplexity_of(mean_figure(nll, within=(-MAX_NLL, MAX_NLL)))
+def _perplexity(nll: Sequence[float], articles: Sequence[int] | None) -> Figure:
+    return perplexity_of(mean_figure(nll, within=(-MAX_NLL, MAX_NLL), clusters=articles))
 
 
 def _check_windows(windows: Sequence[Sequence[int]]) -> None:

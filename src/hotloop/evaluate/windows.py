@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from hotloop.errors import ConfigError
+
+ENOUGH_ARTICLES = 20
+"""The fewest articles to cluster by: a standard error of fewer clusters is rough itself."""
 
 _CHARS_PER_TOKEN = 8
 _SPARE_TOKENS = 256
@@ -85,3 +90,34 @@ def make_windows(ids: Sequence[int], size: int, limit: int | None = None) -> lis
         )
     n_windows = n_windows if limit is None else min(n_windows, limit)
     return [list(ids[i * size : (i + 1) * size]) for i in range(n_windows)]
+
+
+def windows_of_articles(
+    encode: Callable[[str], list[int]], text: str, starts: Sequence[int], size: int, n_windows: int
+) -> tuple[int, ...] | None:
+    """Counts the windows of each article, in the order of the text.
+
+    A window is of the article in which its middle lies. Articles are tokenized one by one, which
+    moves their ends by a token or so.
+
+    Args:
+        encode: Makes token ids of a text.
+        text: The text.
+        starts: Where its articles begin.
+        size: Tokens of a window.
+        n_windows: The windows, from the beginning of the text.
+
+    Returns:
+        The numbers; None if the windows are of fewer than ``ENOUGH_ARTICLES``.
+    """
+    if len(starts) < ENOUGH_ARTICLES:
+        return None
+    ends, needed = [len(encode(text[: starts[0]]))], n_windows * size
+    for start, end in itertools.pairwise((*starts, len(text))):
+        ends.append(ends[-1] + len(encode(text[start:end])))
+        if ends[-1] >= needed:
+            break
+    middles = (i * size + size // 2 for i in range(n_windows))
+    articles = itertools.groupby(bisect_right(ends, middle) for middle in middles)
+    counts = tuple(len(list(windows)) for _, windows in articles)
+    return counts if len(counts) >= ENOUGH_ARTICLES else None

@@ -5,7 +5,8 @@ drafted on the same prompts, repeats are paired, because the text of a repeat de
 drafts are accepted. Otherwise repeats are independent (Welch's t), since they differ only by noise.
 
 Qualities are compared by the difference of ln perplexity, always paired by window of text: on
-other text, or on other windows, perplexities cannot be compared.
+other text, or on other windows, perplexities cannot be compared. Windows are clustered as in the
+records, by article or not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hotloop.bench.record import Figure, Record
-from hotloop.bench.statistics import t_critical
+from hotloop.bench.statistics import mean_figure, t_critical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +65,20 @@ def loss_difference(a: Record, b: Record) -> Difference | None:
     logs = _logs(a.perplexity), _logs(b.perplexity)
     if not all(logs) or not same_windows(a, b) or len(logs[0]) != len(logs[1]):
         return None
-    return _difference(*logs, paired=True)
+    assert a.quality_protocol is not None, "the windows are the same"
+    changes = [after - before for before, after in zip(*logs, strict=True)]
+    articles = a.quality_protocol.articles
+    loss = mean_figure(changes, clusters=articles)
+    if loss.se is None:
+        return None
+    df = len(articles or changes) - 1
+    return Difference(mean=loss.mean, se=loss.se, df=df, paired=True)
 
 
 def same_windows(a: Record, b: Record) -> bool:
     """Tells whether two records were scored on the same windows of the same text."""
     windows = [
-        (p.text_sha256, p.window, p.n_windows)
+        (p.text_sha256, p.window, p.n_windows, p.articles)
         for p in (a.quality_protocol, b.quality_protocol)
         if p is not None
     ]

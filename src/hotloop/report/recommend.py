@@ -131,7 +131,7 @@ def recommend(
         chosen,
         f"it decodes {_shown(chosen.decode_tok_s)} tok/s{_gain(chosen, scored)}, the fastest whose "
         f"quality loss is within {max_delta_ln_ppl:g}: {_shown_loss(chosen)}"
-        f"{bound if _margin(chosen.delta_ln_ppl) else ''}.{_caveat(chosen)}",
+        f"{bound if _margin(chosen) else ''}.{_caveat(chosen)}",
         (
             f"{_compared(r, chosen)}, but {_shortfall(r, chosen, max_delta_ln_ppl)}."
             for r in measured
@@ -178,13 +178,15 @@ def _counted_loss(record: Record) -> float:
 
 def _upper_bound(record: Record) -> float:
     """Returns the one-sided 95 % upper bound of Δ ln ppl."""
-    return _loss(record) + _margin(record.delta_ln_ppl)
+    return _loss(record) + _margin(record)
 
 
-def _margin(loss: Figure | None) -> float:
+def _margin(record: Record) -> float:
+    loss, protocol = record.delta_ln_ppl, record.quality_protocol
     if loss is None or loss.se is None:
         return math.inf
-    return t_critical(loss.n - 1, confidence=0.90) * loss.se
+    clusters = protocol.articles if protocol and protocol.articles else loss.samples
+    return t_critical(len(clusters) - 1, confidence=0.90) * loss.se
 
 
 def _within_noise(a: Record, b: Record) -> bool:
@@ -231,9 +233,8 @@ def _quality_gap(record: Record, tolerance: float) -> str | None:
         room = tolerance - loss.mean
         more = ""
         if room > 0 and math.isfinite(upper):
-            more = (
-                f"; some {math.ceil(loss.n * (_margin(loss) / room) ** 2)} windows would be needed"
-            )
+            needed = math.ceil(loss.n * (_margin(record) / room) ** 2)
+            more = f"; some {needed} windows would be needed"
         return f"{_shown_loss(record)} is not shown to be within {tolerance:g}{more}"
     return None
 

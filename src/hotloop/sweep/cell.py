@@ -38,7 +38,7 @@ from hotloop.evaluate.tasks import (
     write_answers,
 )
 from hotloop.evaluate.text import Text, load_text
-from hotloop.evaluate.windows import take_windows
+from hotloop.evaluate.windows import take_windows, windows_of_articles
 from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
 from hotloop.sweep.job import Job
 from hotloop.types import OWN_ENGINE
@@ -321,7 +321,13 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
             reference = Reference(job.reference, key)
         except (ConfigError, CheckpointError) as error:
             why_none = str(error)
-    quality = measure_quality(engine, windows, reference=reference, on_window=attempt.step)
+    quality = measure_quality(
+        engine,
+        windows,
+        reference=reference,
+        articles=protocol.articles,
+        on_window=attempt.step,
+    )
     how = "as stored/eager" if job.quality.against else "none/eager"
     where = f" {job.reference_place}" if job.reference_place else ""
     of = f" of {job.reference_model}" if job.reference_model else ""
@@ -395,12 +401,14 @@ def _windows(
 
     assert job.quality is not None, "a job that scores nothing needs no windows"
     description = engine.describe()
-    windows = take_windows(engine.encode, text.content, job.quality.window, job.quality.n_windows)
+    size = job.quality.window
+    windows = take_windows(engine.encode, text.content, size, job.quality.n_windows)
     protocol = QualityProtocol(
         text=text.name,
         text_sha256=text.sha256,
         window=job.quality.window,
         n_windows=len(windows),
+        articles=windows_of_articles(engine.encode, text.content, text.starts, size, len(windows)),
     )
     own = job.config.engine == OWN_ENGINE
     key = ReferenceKey(
