@@ -116,11 +116,11 @@ def attention_kernels() -> list[Kernel]:
             n_kv_heads=8,
             head_dim=head_dim,
             n_positions=64,
-            tuning=AttentionTuning(stages=stages),
+            tuning=AttentionTuning(stages=stages, turns=turns),
             stores_operand=stages == 1,
         ).kernel
         for head_dim in HEAD_DIMS
-        for tokens, stages in ((1, 2), (16, 2), (1, 1))
+        for tokens, stages, turns in ((1, 2, 1), (16, 2, 1), (1, 1, 1), (1, 1, 2))
         if stages == 2 or head_dim == 128
     ]
 

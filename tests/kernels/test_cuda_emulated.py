@@ -515,6 +515,16 @@ PLANS = {
         B=1, T=2, H=3, J=1, E=64, C=200, chunks=20, min_chunk=16, warps=1
     ),
     "many rows": attention_plan(B=1, T=6, H=12, J=2, E=128, C=40, chunks=2, min_chunk=16, warps=1),
+    "turns": attention_plan(
+        B=2, T=3, H=6, J=3, E=64, C=150, min_chunk=160, warps=4, turns=2, stages=1
+    ),
+    "turns and longer chunks": attention_plan(
+        B=2, T=5, H=6, J=2, E=64, C=104, chunks=2, min_chunk=16, warps=2, turns=2, stages=1
+    ),
+    "turns of a window": attention_plan(**WINDOW | {"warps": 2}, min_chunk=32, turns=2, stages=1),
+    "turns of a ring": attention_plan(
+        B=1, T=2, H=6, J=1, E=128, C=210, min_chunk=256, warps=4, turns=4, stages=2
+    ),
     "wide heads": attention_plan(B=1, T=4, H=6, J=2, E=256, C=40, min_chunk=48, warps=3, stages=3),
 }
 
@@ -550,7 +560,8 @@ def test_a_tokens_bits_depend_on_neither_other_tokens_nor_the_cache(name, more_p
         longer = [F.pad(cache, (0, 0, 0, more_positions)) for cache in caches]
         cos, sin = (F.pad(table, (0, 0, 0, more_positions)) for table in (cos, sin))
         n_positions = many.n_positions + more_positions
-        tuning = dataclasses.replace(many.tuning, stages=1 if many.tuning.stages > 1 else 2)
+        stages = 1 if many.tuning.stages > 1 else 2
+        tuning = dataclasses.replace(many.tuning, stages=stages, turns=1)
         one = dataclasses.replace(many, tokens=1, n_positions=n_positions, tuning=tuning)
         for token in range(many.tokens):
             alone = torch.empty(many.batch, many.n_heads * many.head_dim, dtype=torch.bfloat16)

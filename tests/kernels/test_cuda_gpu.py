@@ -1,5 +1,6 @@
 """The CUDA kernels on a GPU, against float64; benchmarks/kernels_cuda.py checks many more cases."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -221,6 +222,41 @@ def test_attention_equals_its_specification(device, head_dim, tuned_for):
     for at in ([0, 512], [15, 597], [longer_from[0] - 2, longer_from[-1] - 1], [3000, 11_997]):
         case = attention_case(plan, at, generator(device, 1), norms=True)
         assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("n_kv_heads", [8, 2])
+def test_attention_in_turns_has_the_same_bits(device, tokens, n_kv_heads):
+    """More blocks than fit at once, which have chains one after the other."""
+    batch = -(-9 * device.limits.n_sms // 4 // n_kv_heads)
+    rows = tokens * 8 // n_kv_heads
+    tuning = attention_tuning(
+        head_dim=128,
+        n_kv_heads=n_kv_heads,
+        n_positions=700,
+        batch=batch,
+        rows=rows,
+        limits=device.limits,
+    )
+    assert tuning.turns == 2
+    plan = AttentionPlan(
+        batch=batch,
+        tokens=tokens,
+        n_heads=8,
+        n_kv_heads=n_kv_heads,
+        head_dim=128,
+        n_positions=700,
+        tuning=tuning,
+    )
+    positions = [(37 * i * i) % (700 - tokens + 1) for i in range(batch)]
+    case = attention_case(plan, positions, generator(device, 1))
+    assert_right_and_the_same_with_dependent_launch(device, case)
+    at_once = dataclasses.replace(plan, tuning=dataclasses.replace(tuning, turns=1))
+    same = attention_case(at_once, positions, generator(device, 1))
+    device.prepare(same.call)()
+    torch.cuda.synchronize()
+    for one, other in zip(case.outputs, same.outputs, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -521,6 +521,7 @@ def _attention_plan(
             n_positions=cache.n_positions,
             batch=B,
             limits=limits,
+            rows=T * config.n_heads // config.n_kv_heads,
         ),
     )
 

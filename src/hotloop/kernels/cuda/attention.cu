@@ -5,8 +5,11 @@
 // The keys of a sequence are split into chunks, one per block, as in flash-decoding. A block serves
 // one or two octets of rows (query heads that share a key/value head, times new tokens) of one
 // sequence. Blocks beyond the end of a sequence return at once. The last block of a sequence to
-// finish merges the partial results of all its blocks, in the order of chunks. Within a chunk the
-// warps take tiles of 16 positions in turn.
+// finish merges the partial results of all its blocks, in the order of chunks. Within a chunk there
+// are several chains of sums, which take tiles of 16 positions in turn. A warp computes one chain, or
+// several one after the other: a block then has fewer warps, and more blocks fit on a multiprocessor.
+// That is for many sequences, whose blocks would otherwise wait for others to end before they issue
+// their first loads.
 //
 // The history (the positions before the new tokens) was written before the decode step began, so it
 // is loaded before the wait for the qkv product: as many tiles as a warp's ring holds into shared
@@ -17,7 +20,7 @@
 // sequence has just enough chunks to fill the multiprocessors. If chunks become longer at a position
 // between two of the new tokens, some blocks serve the tokens before it, and other blocks the rest.
 //
-// Determinism: the chunk, warp and tile of a position depend only on that position and on the
+// Determinism: the chunk, chain and tile of a position depend only on that position and on the
 // position of the token, and positions that a token does not see add zeros. So a token's result has
 // the same bits whatever the number of new tokens and the length of the cache.
 //
@@ -51,15 +54,17 @@ struct AttentionArgs {
 constexpr int kTile = 16;            // positions of a tile
 constexpr int kPrefetchedTiles = 2;  // tiles of a warp that are prefetched into L2
 
-// kOctets: octets of rows. kStages: tiles that a warp's ring holds. kHasNext: the result is stored as
-// the operand of the next matrix product.
-template <int kE, int kWarps, int kOctets, int kStages, bool kHasNext>
+// kChains: chains of sums of a chunk. kTurns: chains of a warp. kOctets: octets of rows. kStages: tiles
+// that a warp's ring holds. kHasNext: the result is stored as the operand of the next matrix product.
+template <int kE, int kChains, int kTurns, int kOctets, int kStages, bool kHasNext>
 struct Attention {
+  static_assert(kChains % kTurns == 0, "warps have as many chains each");
   static_assert(kE % 32 == 0, "fragments take 32 dimensions at a time");
   static constexpr int kSlices = kE / 32;        // of 32 dimensions, in q k^T
   static constexpr int kQuads = (kE + 63) / 64;  // of 64 dimensions, in the sum of values
   static constexpr int kRows = 8 * kOctets;
-  static constexpr int kBlockTile = kTile * kWarps;  // positions of a tile per warp
+  static constexpr int kWarps = kChains / kTurns;
+  static constexpr int kBlockTile = kTile * kChains;  // positions of a tile per chain
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kHalf = kE / 2;
   static constexpr int kVectors = kE / 8;  // 16-byte vectors of a head
@@ -85,8 +90,9 @@ struct Attention {
   uint64_t* full;               // [kStages], of this warp: barrier: the copy has arrived
   uint32_t* flag;
   bf16* ring;                   // [kStages, 2, kTile, E], of this warp: keys and values
-  // The warps' partial results, in the rings' memory: [kWarps, kRows, E] (see swizzled), and
-  // [kWarps, kRows] each. merge_chunks uses that memory too.
+  // The chains' partial results: [kChains, rows, E] (see swizzled), and [kChains, rows] each. They lie
+  // in the rings' memory, for kRows rows; or with kTurns behind it, for those that a sequence has.
+  // merge_chunks uses that memory too.
   float *partial_out, *partial_max, *partial_exp_sum;
 
   __device__ __forceinline__ Attention(const AttentionArgs& a, int of_thread, int x, int y, int z)
@@ -112,9 +118,14 @@ struct Attention {
     flag = reinterpret_cast<uint32_t*>(full + (kWarps - warp) * kStages);
     uint8_t* rings = reinterpret_cast<uint8_t*>(flag) + (kWarps * kStages % 2 ? 8 : 16);
     ring = reinterpret_cast<bf16*>(rings) + warp * kStages * 2 * kTile * kE;
+    if (kTurns > 1) rings += kWarps * kStages * 2 * kTile * kE * sizeof(bf16);
     partial_out = reinterpret_cast<float*>(rings);
-    partial_max = partial_out + kWarps * kRows * kE;
-    partial_exp_sum = partial_max + kWarps * kRows;
+    partial_max = partial_out + kChains * partial_rows() * kE;
+    partial_exp_sum = partial_max + kChains * partial_rows();
+  }
+
+  __device__ __forceinline__ int partial_rows() const {
+    return kTurns == 1 ? kRows : min(kRows, n_rows);
   }
 
   // The number of positions of a chunk, for a token at this position.
@@ -166,16 +177,20 @@ struct Attention {
   __device__ __forceinline__ void run() {
     if (chunk >= n_chunks) return;
     const int n_tiles = (end_position() + kTile - 1) / kTile;
-    int tile = max(first_position(), begin) / kTile;
-    tile += (warp + kWarps - tile % kWarps) % kWarps;
+    const int first_tile = max(first_position(), begin) / kTile;
+    const int tile = first_of(warp, first_tile);
+    Cursor ahead = {warp, tile};  // what is copied next
+    skip_empty(ahead, first_tile, n_tiles);
     const uint64_t policy = evict_first_policy();
     if (lane == 0)
       for (int i = 0; i < kStages; i++) barrier_init(full + i, kCopyArrivals);
     fence_barrier_init();
     sync_warp();
-    for (int i = 0; i < kStages; i++) issue_copy(tile + i * kWarps, n_tiles, i, policy);
-    for (int i = kStages; i < kStages + kPrefetchedTiles; i++)
-      prefetch_tile(tile + i * kWarps, n_tiles);
+    for (int i = 0; i < kStages; i++, advance(ahead, first_tile, n_tiles))
+      issue_copy(ahead.tile, n_tiles, i, policy);
+    Cursor later = ahead;
+    for (int i = 0; i < kPrefetchedTiles; i++, advance(later, first_tile, n_tiles))
+      prefetch_tile(later.tile, n_tiles);
     load_rope();
     find_rows();
     sync_block();
@@ -191,17 +206,49 @@ struct Attention {
     launch_dependents();
     sync_block();
     if (row_block == 0 && end_token == args.tokens) store_new_tokens();
-    float sum[kOctets][kQuads][4][4] = {}, max[kOctets][2], exp_sum[kOctets][2] = {};
-    for (int c = 0; c < kOctets; c++) max[c][0] = max[c][1] = -infinity();
-    attend(tile, n_tiles, policy, token_at, sum, max, exp_sum);
-    sync_block();  // the rings' memory is reused
-    store_warp_partials(sum, max, exp_sum);
+    Stage stage;
+#pragma unroll 1
+    for (int turn = 0; turn < kTurns; turn++) {
+      const int chain = warp + turn * kWarps;
+      float sum[kOctets][kQuads][4][4] = {}, max[kOctets][2], exp_sum[kOctets][2] = {};
+      for (int c = 0; c < kOctets; c++) max[c][0] = max[c][1] = -infinity();
+      attend(turn == 0 ? tile : first_of(chain, first_tile), n_tiles, stage, ahead, first_tile,
+             policy, token_at, sum, max, exp_sum);
+      if (kTurns == 1) sync_block();  // the rings' memory is reused
+      store_chain_partial(chain, sum, max, exp_sum);
+    }
     sync_block();
     if (n_chunks == 1)
       write_outputs();
     else if (store_chunk_partial())
       merge_chunks();
   }
+
+  // A warp's tiles: those of its chains, one after the other.
+  struct Cursor {
+    int chain, tile;
+  };
+
+  static __device__ __forceinline__ int first_of(int chain, int first_tile) {
+    const uint32_t chains = kChains;
+    return first_tile + (chain + chains - first_tile % chains) % chains;
+  }
+  static __device__ __forceinline__ void advance(Cursor& at, int first_tile, int n_tiles) {
+    at.tile += kChains;
+    skip_empty(at, first_tile, n_tiles);
+  }
+  // Goes on to the next chain that has tiles, if this one has no more.
+  static __device__ __forceinline__ void skip_empty(Cursor& at, int first_tile, int n_tiles) {
+    if constexpr (kTurns > 1)
+      while (at.tile >= n_tiles && at.chain + kWarps < kChains)
+        at.chain += kWarps, at.tile = first_of(at.chain, first_tile);
+  }
+
+  // A stage of a warp's ring, and the parity of its current round.
+  struct Stage {
+    int index = 0;
+    uint32_t parity = 0;
+  };
 
   // Before the wait for the qkv product.
 
@@ -210,17 +257,22 @@ struct Attention {
     return min(kTile, position - kTile * tile);
   }
 
+  // Whether a tile's barrier is used: without positions in the cache, the tile is its chain's last.
+  static __device__ __forceinline__ bool has_phase(int n) { return kTurns > 1 || n > 0; }
+
   // Positions that the cache does not hold are zeros until the new tokens are inserted.
   __device__ __forceinline__ void issue_copy(int tile, int n_tiles, int stage, uint64_t policy) {
     if (tile >= n_tiles) return;
     const int n = max(cached_positions(tile), 0);
     bf16* to = ring + stage * 2 * kTile * kE;
-    if (n > 0) {
+    if (has_phase(n)) {
       const int64_t at = static_cast<int64_t>(tile) * kTile * kE;
       const int bytes = n * kE * sizeof(bf16);
       copy_begin(full + stage, 2 * bytes, lane);
-      copy(to, keys + at, bytes, full + stage, policy, lane);
-      copy(to + kTile * kE, values + at, bytes, full + stage, policy, lane);
+      if (n > 0) {
+        copy(to, keys + at, bytes, full + stage, policy, lane);
+        copy(to + kTile * kE, values + at, bytes, full + stage, policy, lane);
+      }
       copy_end(full + stage, lane);
     }
 #pragma unroll 1
@@ -366,7 +418,9 @@ struct Attention {
 
   // Scores, softmax and sum.
 
-  __device__ __forceinline__ void attend(int tile, int n_tiles, uint64_t policy,
+  // One chain, from its first tile on.
+  __device__ __forceinline__ void attend(int tile, int n_tiles, Stage& stage, Cursor& ahead,
+                                         int first_tile, uint64_t policy,
                                          const int token_at[kOctets][2],
                                          float sum[kOctets][kQuads][4][4], float max[kOctets][2],
                                          float exp_sum[kOctets][2]) {
@@ -378,13 +432,11 @@ struct Attention {
 #pragma unroll
       for (int slice = 0; slice < kSlices; slice++) q[c][slice] = from[4 * slice + t];
     }
-    int stage = 0;
-    uint32_t parity = 0;
-    for (; tile < n_tiles; tile += kWarps) {
+    for (; tile < n_tiles; tile += kChains) {
       const int n = cached_positions(tile);
-      bf16* k = ring + stage * 2 * kTile * kE;
+      bf16* k = ring + stage.index * 2 * kTile * kE;
       bf16* v = k + kTile * kE;
-      if (n > 0) barrier_wait(full + stage, parity);
+      if (has_phase(n)) barrier_wait(full + stage.index, stage.parity);
       if (n < kTile) insert_new_tokens(tile, k);
 
       float even[kOctets][4] = {}, odd[kOctets][4] = {};
@@ -426,8 +478,9 @@ struct Attention {
         }
       }
       sync_warp();  // every lane has read the stage, so it can be overwritten
-      issue_copy(tile + kStages * kWarps, n_tiles, stage, policy);
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      issue_copy(kTurns == 1 ? tile + kStages * kChains : ahead.tile, n_tiles, stage.index, policy);
+      advance(ahead, first_tile, n_tiles);
+      if (++stage.index == kStages) stage = {0, stage.parity ^ 1};
     }
 #pragma unroll
     for (int c = 0; c < kOctets; c++)
@@ -501,15 +554,16 @@ struct Attention {
 
   // Merging: a partial result is a sum of values, its largest score, and its sum of exponentials.
 
-  __device__ __forceinline__ void store_warp_partials(const float sum[kOctets][kQuads][4][4],
-                                            const float max[kOctets][2],
-                                            const float exp_sum[kOctets][2]) {
+  __device__ __forceinline__ void store_chain_partial(int chain,
+                                                      const float sum[kOctets][kQuads][4][4],
+                                                      const float max[kOctets][2],
+                                                      const float exp_sum[kOctets][2]) {
 #pragma unroll
     for (int c = 0; c < kOctets; c++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         if (8 * c + 2 * t + i >= n_here) continue;
-        const int row = warp * kRows + 8 * c + 2 * t + i;
+        const int row = chain * partial_rows() + 8 * c + 2 * t + i;
         if (g == 0) partial_max[row] = max[c][i], partial_exp_sum[row] = exp_sum[c][i];
 #pragma unroll
         for (int quad = 0; quad < kQuads; quad++)
@@ -543,14 +597,15 @@ struct Attention {
     }
   };
 
-  // Merges the partial results of this block's warps.
+  // Merges the partial results of this block's chains.
   __device__ __forceinline__ Merged merged(int row, int f4) const {
     Merged m;
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) m.max = fmaxf(m.max, partial_max[w * kRows + row]);
+    for (int i = 0; i < kChains; i++)
+      m.max = fmaxf(m.max, partial_max[i * partial_rows() + row]);
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) {
-      const int at = w * kRows + row;
+    for (int i = 0; i < kChains; i++) {
+      const int at = i * partial_rows() + row;
       m.add(reinterpret_cast<const float4*>(partial_out)[swizzled(at, f4)], partial_max[at],
             partial_exp_sum[at]);
     }
@@ -639,8 +694,9 @@ struct Attention {
   }
 };
 
-template <int kE, int kWarps, int kOctets, int kStages, bool kHasNext>
+template <int kE, int kChains, int kTurns, int kOctets, int kStages, bool kHasNext>
 __device__ __forceinline__ void attention(const AttentionArgs& args) {
-  Attention<kE, kWarps, kOctets, kStages, kHasNext>(args, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
+  Attention<kE, kChains, kTurns, kOctets, kStages, kHasNext>(args, threadIdx.x, blockIdx.x,
+                                                             blockIdx.y, blockIdx.z)
       .run();
 }

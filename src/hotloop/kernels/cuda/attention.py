@@ -46,7 +46,10 @@ class AttentionTuning:
             order of sums.
         min_chunk: The fewest positions of a chunk, a multiple of 16: a short sequence has fewer
             chunks. Determines the order of sums.
-        warps: Warps of a block. Determines the order of sums.
+        warps: Chains of sums of a chunk, which take tiles of 16 positions in turn; and the warps of
+            a block, unless ``turns`` is more than 1. Determines the order of sums.
+        turns: Chains of a warp, one after the other. With two, a block has half as many warps, and
+            more blocks fit on a multiprocessor. Does not change results.
         stages: Tiles of 16 positions in a warp's ring. With fewer stages, more blocks fit on a
             multiprocessor. Does not change results.
         octets: The most octets of rows of a block. With more octets, the history is read less
@@ -56,6 +59,7 @@ class AttentionTuning:
     chunks: int = 16
     min_chunk: int = 256
     warps: int = 8
+    turns: int = 1
     stages: int = 2
     octets: int = 2
 
@@ -97,6 +101,7 @@ class AttentionPlan:
         assert least > 0, f"chunks of {least} positions"
         assert least % TILE == 0, f"chunks of {least} positions"
         assert self.tuning.chunks >= 1, f"{self.tuning.chunks} chunks"
+        assert self.tuning.warps % self.tuning.turns == 0, f"{self.tuning.turns} turns"
 
     @property
     def octets(self) -> int:
@@ -146,29 +151,40 @@ class AttentionPlan:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block, laid out as in ``Attention``'s constructor."""
-        rows, warps, stages = 8 * self.octets, self.tuning.warps, self.tuning.stages
+        rows, chains, stages = 8 * self.octets, self.tuning.warps, self.tuning.stages
+        warps = chains // self.tuning.turns
         new = 2 * (rows + 4 * self.tokens) * self.head_dim + 8 * rows
         barriers = 8 * warps * stages + (8 if warps * stages % 2 else 16)
         rings = 4 * warps * stages * TILE * self.head_dim
-        partial = 4 * warps * rows * (self.head_dim + 2)
-        merge = 8 * self.chunks * rows
-        return new + barriers + max(rings, partial, merge)
+        of_sequence = self.tokens * self.n_heads // self.n_kv_heads
+        partial_rows = rows if self.tuning.turns == 1 else min(rows, of_sequence)
+        partial = 4 * chains * partial_rows * (self.head_dim + 2)
+        results = max(partial, 8 * self.chunks * rows)  # of the chains, or of the chunks
+        return new + barriers + (max(rings, results) if self.tuning.turns == 1 else rings + results)
 
     @property
     def kernel(self) -> Kernel:
         """The instance of ``attention.cu``."""
-        warps, stages = self.tuning.warps, self.tuning.stages
+        chains, turns, stages = self.tuning.warps, self.tuning.turns, self.tuning.stages
+        warps = f"w{chains}" if turns == 1 else f"w{chains // turns}r{turns}"
         following = "_next" if self.stores_operand else ""
-        has_next = str(self.stores_operand).lower()
+        numbers = f"{self.head_dim}, {chains}, {turns}, {self.octets}, {stages}"
         return Kernel(
-            name=f"attention_e{self.head_dim}_w{warps}c{self.octets}s{stages}{following}",
+            name=f"attention_e{self.head_dim}_{warps}c{self.octets}s{stages}{following}",
             file="attention.cu",
-            function=f"attention<{self.head_dim}, {warps}, {self.octets}, {stages}, {has_next}>",
+            function=f"attention<{numbers}, {str(self.stores_operand).lower()}>",
             args="AttentionArgs",
-            threads=32 * warps,
-            # Few enough for a block of linear.cu on the same multiprocessor, if it has the memory.
-            registers=120 if self.octets == 1 and self.head_dim <= 128 else None,
+            threads=32 * chains // turns,
+            registers=self._registers,
         )
+
+    @property
+    def _registers(self) -> int | None:
+        """The most registers of a thread, so that other blocks fit on the multiprocessor."""
+        if self.octets > 1 or self.head_dim > 128:
+            return None
+        # A block of linear.cu, if there is memory for it; or three more of these.
+        return 120 if self.tuning.turns == 1 else 128
 
     def call(
         self,

@@ -308,7 +308,13 @@ def _min_wide_rows(limits: Limits) -> int:
 
 
 def attention_tuning(
-    *, head_dim: int, n_kv_heads: int, n_positions: int, batch: int, limits: Limits
+    *,
+    head_dim: int,
+    n_kv_heads: int,
+    n_positions: int,
+    batch: int,
+    limits: Limits,
+    rows: int = 1,
 ) -> AttentionTuning:
     """Chooses the tuning of attention that fits the device and fills it.
 
@@ -319,15 +325,20 @@ def attention_tuning(
             ``batch``.
         batch: Sequences of a decode step.
         limits: Of the device.
+        rows: Of a sequence and KV head: its new tokens times the query heads that share the head.
     """
     new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside the rings
     room = (limits.shared_bytes - new_tokens) // (4 * TILE * head_dim)
     warps, stages = next((w, s) for w, s in ((8, 2), (8, 1), (4, 1), (2, 1)) if w * s < room)
     chunks = _chunks(n_kv_heads, limits.n_sms)
     blocks_share_sms = batch * n_kv_heads * chunks > 2 * limits.n_sms
+    # Of eight warps two blocks fit on a multiprocessor, of four warps four.
+    blocks_wait = batch * n_kv_heads > 2 * limits.n_sms
+    halves = blocks_wait and warps == 8 and rows <= 8 and head_dim <= 128
     return AttentionTuning(
         chunks=chunks,
         warps=warps,
+        turns=2 if halves else 1,
         stages=1 if blocks_share_sms else stages,
         octets=2 if n_positions > LONG_CACHE else 1,
     )
