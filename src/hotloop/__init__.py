@@ -4,7 +4,7 @@
 >>> llm = LLM("smollm2-135m", quant="int8")
 >>> print(llm.generate("The capital of France is", max_new_tokens=8).text)
 
-torch is imported when ``LLM`` is first touched, not before.
+torch is imported at the first use of ``LLM``, not before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The cache folder, for what can be made or fetched again: models, built kernels, compiled graphs.
+"""The cache folder, for data that can be made or fetched again: models, kernels, compiled graphs.
 
-It is chosen by the user, or in the user's home. If there is no home (as for some users of
+The user chooses it; by default it is in the user's home. If there is no home (as for some users of
 containers) or it cannot be written (a read-only file system, another user's folder, a file), a
-temporary folder replaces it, and ``cache_note`` says so. Files that a read-only folder holds
-already are still found.
+temporary folder replaces it, and ``cache_note`` says so. Files in a read-only cache folder are
+still used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def cache_dir() -> Path:
 
 
 def writable_cache_dir() -> Path:
-    """Returns the cache folder, which it creates, or a temporary one if it is not writable.
+    """Returns the cache folder, which it creates; a temporary folder if it is not writable.
 
     Raises:
         OSError: There is no place for temporary files either.
@@ -50,7 +50,7 @@ def cache_path(*parts: str) -> Path:
 
 
 def cache_note() -> str | None:
-    """Says why a temporary folder takes the place of the cache folder; None if none does."""
+    """Returns why a temporary folder replaces the cache folder; None if none does."""
     configured = _configured()
     if configured is None:
         why = "no home directory is known"
@@ -94,7 +94,7 @@ def _temporary_dir() -> Path:
 
 @functools.cache
 def _owned(folder: Path) -> Path:
-    """Returns ``folder`` if only this user can write it, since it holds code that is run."""
+    """Returns ``folder`` if only this user can write to it, since it has code that is run."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -110,6 +110,6 @@ def _owned(folder: Path) -> Path:
 
 
 def _remove(folder: Path, owner: int) -> None:
-    """Removes a process's own folder when that process ends, and not when a fork of it does."""
+    """Removes a process's folder when that process ends, but not when a fork of it ends."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)

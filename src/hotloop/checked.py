@@ -1,9 +1,9 @@
 """Checks the fields of frozen dataclasses against their annotations.
 
-A value is accepted unchanged, or refused in one line that names the field, the value and the values
-that are allowed: no number is rounded, and a boolean is not a number. Numbers of other libraries
-(NumPy's, a tensor of one element) become Python's own, so that a value can be hashed, compared and
-written as JSON.
+A value is accepted unchanged, or refused with a one-line message that names the field, the value
+and the allowed values: no number is rounded, and a boolean is not a number. Numbers of other
+libraries (NumPy's, a tensor of one element) become Python's own, so that a value can be hashed,
+compared and written as JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Range:
     Attributes:
         least: The smallest number.
         most: The largest number.
-        words: The range in words, where ``most`` is only technical; None names both ends.
+        words: The range in words, if ``most`` is only a technical limit; None names both ends.
         open: ``least`` itself is excluded.
     """
 
@@ -68,7 +68,7 @@ class Range:
         return self.words or f"between {self.least} and {self.most}"
 
     def required_of(self, value: float) -> str:
-        """Describes the numbers that are allowed instead of one outside the range."""
+        """Describes the allowed numbers, for the error of a number outside the range."""
         return f"at most {self.most}" if self.words and value > self.most else str(self)
 
 
@@ -83,11 +83,11 @@ Seed = Annotated[int, Range(0, MAX_SEED)]
 
 
 def check_fields(value: Any, error: type[HotloopError]) -> None:
-    """Checks every field of a frozen dataclass, which calls this in its ``__post_init__``.
+    """Checks every field of a frozen dataclass, from its ``__post_init__``.
 
     Raises:
-        HotloopError: ``error``, for the first field with a value that is not allowed;
-            UnknownNameError for a text that is not among a field's choices.
+        HotloopError: ``error``, for the first field with an invalid value; UnknownNameError for a
+            text that is not among a field's choices.
     """
     defaults = _defaults(type(value))
     for name, hint in _hints(type(value)).items():
@@ -117,7 +117,7 @@ T = TypeVar("T")
 
 
 def changed(value: T, options: Mapping[str, Any], kind: str) -> T:
-    """Copies a frozen dataclass with some fields changed; without any, it is the dataclass itself.
+    """Copies a frozen dataclass with some fields changed; without changes, returns it as it is.
 
     Args:
         value: The dataclass.
@@ -158,7 +158,7 @@ _ABSENT = object()
 
 
 class _Refused(Exception):  # noqa: N818  (it never leaves this module)
-    """The message says what a value must be."""
+    """A value is not allowed; the message describes allowed values."""
 
 
 @functools.cache
@@ -177,7 +177,7 @@ def _defaults(of: type) -> dict[str, Any]:
 
 
 def _taken(value: object, hint: Any, name: str) -> Any:
-    """Returns the value as the field holds it.
+    """Returns the value in the form that the field stores.
 
     Raises:
         _Refused: The value is not allowed.

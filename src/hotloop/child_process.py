@@ -1,7 +1,9 @@
-"""Child processes of Python: started in a session of their own, killed as a group, and explained.
+"""Runs Python child processes.
 
-A Ctrl-C at the terminal reaches only this process. Killing a child kills its process group, and so
-what it started; sessions that it started in turn are not reached (see ``sweep.descendants``).
+They lead sessions of their own, are killed as groups, and their ends are explained.
+
+A Ctrl-C at the terminal reaches only this process. To kill a child kills its process group, and so
+the processes that it started, except those in sessions of their own (see ``sweep.descendants``).
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ class ChildProcess:
         arguments: The interpreter's arguments.
         output: Receives its standard output and error.
         fds: File descriptors that it inherits.
-        reads: Its standard input is a pipe, ``stdin``, rather than empty.
-        python: Its interpreter; None for the one that runs this.
-        environment: Variables that it has beside those of this process.
+        reads: Its standard input is a pipe, ``stdin``; otherwise it is empty.
+        python: Its interpreter; None for the interpreter of this process.
+        environment: Environment variables in addition to those of this process.
 
     Attributes:
         pid: Its id, and that of its process group.
@@ -69,7 +71,7 @@ class ChildProcess:
     def kill(self) -> None:
         """Kills its process group; does nothing the second time.
 
-        By then its id may be that of another process.
+        The second time, its id may belong to another process.
         """
         if not self._killed:
             self._killed = True
@@ -77,7 +79,7 @@ class ChildProcess:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def end(self, grace_s: float) -> None:
-        """Asks its process group to end, and kills what has not after ``grace_s`` seconds."""
+        """Asks its process group to end, and kills it after ``grace_s`` seconds."""
         try:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGTERM)
@@ -90,7 +92,7 @@ class ChildProcess:
                     self.stdin.close()
 
     def oom_killed(self) -> bool:
-        """Tells whether the kernel killed it for lack of memory, as far as that can be known.
+        """Tells whether the kernel killed it for lack of memory, if that can be known.
 
         SIGKILL leaves no trace in a process. But the kernel counts the processes that it kills for
         lack of memory; if that count has risen since the start, this was one of them.
@@ -109,7 +111,7 @@ def signal_name(code: int) -> str:
 
 
 def _kernel_oom_kills() -> int | None:
-    """Counts the processes that the kernel has killed for lack of memory; None where unknown."""
+    """Counts the processes that the kernel has killed for lack of memory; None if unknown."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             name, _, count = line.partition(" ")

@@ -1,4 +1,4 @@
-"""The rich console of hotloop, on which text from outside is neither markup nor control sequence.
+"""The rich console of hotloop, which interprets no markup and no control sequences of text.
 
 This module imports rich, so import it only where something is printed.
 """
@@ -34,5 +34,5 @@ class SafeConsole(Console):
             yield segment if control else Segment(printable(text), style)
 
     def on_broken_pipe(self) -> None:
-        """Leaves a BrokenPipeError to ``hotloop.cli.app.main``; rich would end the process."""
+        """Passes a BrokenPipeError on to ``hotloop.cli.app.main``; rich would end the process."""
         raise

@@ -16,8 +16,9 @@ from typing import Any
 class HotloopError(Exception):
     """Base of every error that hotloop raises for its user.
 
-    They can be pickled, whatever their constructors take: ranks report theirs to the caller. A
-    message has at most ``MESSAGE_LIMIT`` characters, whatever it repeats of a value.
+    Errors can be pickled, whatever the arguments of their constructors, since ranks report errors
+    to the caller. A message has at most ``MESSAGE_LIMIT`` characters, however long the values in it
+    are.
     """
 
     MESSAGE_LIMIT = 2_000
@@ -60,10 +61,10 @@ class RequestError(HotloopError, ValueError):
 
 
 class ContextLengthError(RequestError):
-    """A prompt, or a prompt and its answer, that the context has no room for.
+    """A prompt, or a prompt and its answer, exceeds the context.
 
     Args:
-        problem: What does not fit, and the fix.
+        problem: The problem, and the fix.
         context: Tokens that the context holds.
     """
 
@@ -85,10 +86,10 @@ class QueueFullError(HotloopError):
 
 
 class SlowClientError(HotloopError):
-    """A client took its answer too slowly, and was cancelled.
+    """A client read its answer too slowly, and was cancelled.
 
     Args:
-        limit: The most bytes that it may leave.
+        limit: The most bytes of the answer that a client may leave unread.
     """
 
     def __init__(self, limit: int) -> None:
@@ -124,11 +125,11 @@ class NumericsError(HotloopError):
 
 
 class GrammarError(HotloopError):
-    """A grammar became too costly in the middle of an answer, which was ended.
+    """A grammar became too costly in the middle of an answer, and the answer was ended.
 
     Args:
         index: Index of the prompt in the call.
-        n_tokens: Tokens of its answer before.
+        n_tokens: Tokens of its answer before the failure.
         problem: The limit that was exceeded.
     """
 
@@ -145,8 +146,8 @@ class CheckpointError(HotloopError, ValueError):
 
     Args:
         file: The file at fault.
-        problem: The problem, and the fix where there is one.
-        tensor: The tensor at fault, if one is.
+        problem: The problem, and the fix if there is one.
+        tensor: The tensor at fault, if there is one.
     """
 
     def __init__(self, file: Path | str, problem: str, *, tensor: str | None = None) -> None:
@@ -158,7 +159,7 @@ class CheckpointError(HotloopError, ValueError):
 
 
 class PackingError(HotloopError):
-    """A packed weight holds other numbers than the weight that it was packed from.
+    """A packed weight differs from the weight from which it was packed.
 
     Args:
         tensor: The weight, by the names of its tensors in a checkpoint.
@@ -239,8 +240,7 @@ def shorten(text: str, limit: int = 300) -> str:
 def shorten_value(value: object, limit: int = 80) -> str:
     """Returns the repr of a value from outside, in at most ``limit`` characters.
 
-    Only the part that is shown is read, so a text of a gigabyte or deeply nested lists cost
-    nothing.
+    Only the shown part is read, so a text of a gigabyte or deeply nested lists take no time.
     """
     if isinstance(value, str) and len(value) > limit:
         value = shorten(value, limit)

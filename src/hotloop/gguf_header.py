@@ -1,9 +1,9 @@
 """Reads the header of a GGUF file: its metadata, and the offsets of its tensors.
 
-The tokenizer (which is part of the metadata), the weights and ``hotloop info`` all begin with it.
-It is one pass of buffered reads, with the standard library alone. ``gguf.GGUFReader`` makes a numpy
-array for every element of every list, which takes 6 s for the 49,152 tokens of a 135M model where
-this takes 0.2 s, and keeps the whole file memory-mapped.
+The tokenizer (which is part of the metadata), the weights and ``hotloop info`` all need it. It is
+read in one pass of buffered reads, with only the standard library. ``gguf.GGUFReader`` makes a
+numpy array for every element of every list, which takes 6 s for the 49,152 tokens of a 135M model
+(this module takes 0.2 s), and keeps the whole file memory-mapped.
 
 No tensor data is read here, and keys are not interpreted.
 """
@@ -54,7 +54,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFHeader:
-    """A file without its tensor data. ``metadata`` holds numbers, strings and lists."""
+    """The header of a file. ``metadata`` has numbers, strings and lists."""
 
     path: Path
     metadata: dict[str, Any]
@@ -62,7 +62,7 @@ class GGUFHeader:
 
 
 class _Cursor:
-    """Reads little-endian values in sequence, and raises where the file ends early."""
+    """Reads little-endian values in sequence, and raises an error if the file ends early."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
@@ -149,8 +149,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     """Reads the header of a GGUF file (version 2 or 3, little-endian).
 
     Raises:
-        CheckpointError: No GGUF file, or a truncated or damaged header.
-        UnsupportedError: A version or byte order that is not read.
+        CheckpointError: It is not a GGUF file, or its header is truncated or damaged.
+        UnsupportedError: Its version or byte order is not supported.
     """
     with open_file(path) as file:
         cursor = _Cursor(file, path)

@@ -1,9 +1,9 @@
 """The machine: its devices, memory, read bandwidth and provenance.
 
 Decoding at small batch is bound by memory reads, so a speed means little without the bandwidth of
-the device. It is measured here, on CPUs and GPUs, and the vendor's figure is quoted beside it if
-the device is known. :func:`provenance` collects what is needed to judge or to repeat a measurement,
-and leaves out what identifies a person or a host.
+the device. This module measures it, on CPUs and GPUs, and quotes the vendor's figure if the device
+is known. :func:`provenance` collects the facts that are needed to judge or to repeat a measurement,
+and leaves out facts that identify a person or a host.
 
 Nothing here changes the machine: no clocks are locked and no power limits set.
 """
@@ -73,7 +73,7 @@ DATASHEET_BYTES_PER_S = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceInfo:
-    """A device's properties that decide speed and fit.
+    """The properties of a device that determine speed and fit.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
@@ -185,7 +185,7 @@ _OUT_OF_MEMORY = (
 
 
 def shortage_of_memory(error: BaseException) -> BaseException | None:
-    """Finds the error that says that memory was short, among an error and its causes.
+    """Finds the out-of-memory error among an error and its causes; None if there is none.
 
     Libraries raise their own types for it, often a plain RuntimeError, and compilers wrap them.
     """
@@ -198,7 +198,7 @@ def shortage_of_memory(error: BaseException) -> BaseException | None:
 
 
 def bytes_asked_for(shortage: BaseException) -> int | None:
-    """Returns the bytes of an allocation that failed, where an out-of-memory error names them."""
+    """Returns the bytes of a failed allocation, if an out-of-memory error names them."""
     found = re.search(
         r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(shortage), re.IGNORECASE
     )
@@ -220,7 +220,7 @@ def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) ->
         min_seconds: Seconds of timing over all reductions, without filling the buffer.
 
     Raises:
-        UnsupportedError: Too little memory is free, so that the cache would be measured.
+        UnsupportedError: Too little memory is free: the bandwidth of the cache would be measured.
     """
     import numpy as np
     import torch
@@ -375,11 +375,11 @@ def machine() -> dict[str, Any]:
 
 
 def circumstances() -> dict[str, Any]:
-    """Collects what can change the end of a cell that could not run, without using a GPU.
+    """Collects circumstances that can make a failed cell runnable, without using a GPU.
 
     Returns:
-        ``commit`` of a source checkout, ``packages`` (a hash of all that are installed), the GPUs'
-        ``driver`` and names, and ``free_bytes`` of the host and of the GPU that has least.
+        ``commit`` of a source checkout, ``packages`` (a hash of all installed packages), the GPUs'
+        ``driver`` and names, and ``free_bytes`` of the host and of the GPU with the least.
     """
     found = _output(
         "nvidia-smi", "--query-gpu=name,driver_version,memory.free", "--format=csv,noheader,nounits"
@@ -412,7 +412,7 @@ def _git_state(package: Path) -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """Returns the output of a program; None where there is no such program or it fails."""
+    """Returns the output of a program; None if there is no such program or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -477,7 +477,7 @@ def _cgroup_memory(membership: str, root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _last_level_cache_bytes(device: torch.device) -> int:
-    """Returns the bytes of the last-level cache; 0 where the system does not say."""
+    """Returns the bytes of the last-level cache; 0 if the system does not report it."""
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Measures the peak memory of a block of code: how much must be free for it to run.
+"""Measures the peak memory of a block of code, which must be free for it to run.
 
 On CUDA this is the memory that torch's allocator reserved on the device, on CPU the resident memory
 of the process. Other processes are not included: each rank of a tensor-parallel group measures its

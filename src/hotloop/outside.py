@@ -1,7 +1,7 @@
 """Reads and validates files that hotloop did not write.
 
-There are three steps, each of which fails with one line that names the file: it must be a regular
-file of limited size (:func:`read_bytes`, :func:`read_text`), hold JSON of limited depth
+There are three steps. Each fails with a one-line message that names the file. A file must be a
+regular file of limited size (:func:`read_bytes`, :func:`read_text`), contain JSON of limited depth
 (:func:`read_json`, :func:`parse_json`), and match a :class:`StrictModel` (:func:`validated`). Raw
 dicts are not passed on.
 
@@ -58,7 +58,7 @@ def file_kind(path: Path, *, refuse: Refuse = CheckpointError) -> Literal["file"
     """Tells regular files from folders, and follows symbolic links.
 
     Raises:
-        HotloopError: Nothing is there, it cannot be reached, or it is a pipe, a socket or a device.
+        HotloopError: It does not exist, cannot be reached, or is a pipe, a socket or a device.
     """
     with _system_errors(path, refuse):
         return _kind(path.stat(), path, refuse)
@@ -68,7 +68,7 @@ def open_file(path: Path, *, refuse: Refuse = CheckpointError) -> BufferedReader
     """Opens a regular file for reading; never blocks, whatever ``path`` is.
 
     Raises:
-        HotloopError: It cannot be opened, is not a regular file, or is a pointer to one that
+        HotloopError: It cannot be opened, is not a regular file, or is a pointer to a file that
             git-lfs has not fetched.
     """
 
@@ -247,7 +247,7 @@ def problems(
 
 
 def joined(found: list[str], most: int = 3) -> str:
-    """Joins the first problems in one line, with the number of others."""
+    """Joins the first problems in one line, with the number of further problems."""
     rest = f" (and {len(found) - most} more)" if len(found) > most else ""
     return "; ".join(found[:most]) + rest
 
@@ -337,7 +337,7 @@ def _fields_at(model: type[BaseModel] | None, loc: tuple[int | str, ...]) -> lis
 
 
 def _declared_at(model: Any, loc: tuple[int | str, ...]) -> Any:
-    """Returns the type that a model declares at a place; None where that is unclear."""
+    """Returns the type that a model declares at a place; None if that is unclear."""
     here = model
     for part in loc:
         if isinstance(part, int):
@@ -353,7 +353,7 @@ def _declared_at(model: Any, loc: tuple[int | str, ...]) -> Any:
 
 
 class _JsonProblem(Exception):  # noqa: N818  (it never leaves this module)
-    """JSON that the grammar allows and no file here may hold."""
+    """JSON that is valid, but not allowed in files here."""
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -1,8 +1,8 @@
 """Makes text from outside safe to print: file headers, recipes, records, paths, templates, answers.
 
 Terminals interpret some characters instead of showing them, and streams cannot encode others.
-``printable`` is applied at the one place where text is printed, and to names that a copy of a model
-keeps: JSON holds no lone surrogates.
+``printable`` is applied at the single place where text is printed, and to names that are stored in
+a copy of a model, since JSON cannot have lone surrogates.
 """
 
 from __future__ import annotations

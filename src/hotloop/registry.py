@@ -1,9 +1,9 @@
-"""Imports the implementation of a name, and no other.
+"""Imports only the implementation that a name selects.
 
 A registry is a literal dict ``name -> "module:attribute"``: model families (``models.families``),
 quantization schemes (``quant``), encodings (``quant.encodings``), engines (``baselines``) and eval
-tasks (``evaluate.tasks``). They exist because there a string from outside picks an implementation
-whose imports are heavy; everything else is a plain function call.
+tasks (``evaluate.tasks``). In these places, a string from outside selects an implementation whose
+imports are heavy; everything else is a plain function call.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from hotloop.errors import UnknownNameError
 
 
 def resolve(kind: str, registry: Mapping[str, str], name: str) -> Any:
-    """Imports and returns the implementation that ``name`` stands for.
+    """Imports and returns the implementation of ``name``.
 
     Args:
-        kind: The word for what the registry holds, for the error message.
+        kind: The kind of the registry's entries, for the error message.
         registry: ``name -> "module:attribute"``.
         name: The name to look up.
 
     Raises:
-        UnknownNameError: ``name`` is not in ``registry``; the nearest and all choices are named.
+        UnknownNameError: ``name`` is not in ``registry``; the message has the nearest name and all
+            choices.
     """
     if name not in registry:
         raise UnknownNameError(kind, name, registry)

@@ -1,7 +1,7 @@
 """Writes a safetensors file whose tensors become known one at a time, or in another order.
 
-The format begins with a header that lists every tensor. So a fixed space is left for it at the
-front of the file (trailing blanks in a header are part of the format), and it is written last.
+The format begins with a header that lists every tensor. So a fixed space is reserved for it at the
+beginning of the file (the format allows trailing blanks in a header), and it is written last.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import KeysView, Mapping, Sequence
 from typing import Any, BinaryIO
 
 _LENGTH_BYTES = 8
-"""Bytes of the header's own length, in front of it."""
+"""Bytes of the header's length, which precedes the header."""
 
 
 class SafetensorsFile:
@@ -19,11 +19,11 @@ class SafetensorsFile:
 
     Args:
         file: Empty, open for writing.
-        metadata: Text that the header holds beside the tensors.
+        metadata: Text in the header, beside the tensors.
         header_bytes: The space for the header, a multiple of 8.
 
     Attributes:
-        file: The file; the caller writes the data of each tensor to its place.
+        file: The file; the caller writes the data of each tensor at its position.
         names: The tensors so far.
         n_bytes: Bytes of their data.
     """
@@ -44,7 +44,7 @@ class SafetensorsFile:
         return self._used + _entry_bytes(name, dtype, shape) <= self._space
 
     def place(self, name: str, dtype: str, shape: Sequence[int], n_bytes: int) -> int:
-        """Adds a tensor behind the last one; returns the position of its data in the file.
+        """Adds a tensor after the last one; returns the position of its data in the file.
 
         Args:
             name: Its name.
@@ -74,5 +74,5 @@ def _entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict[str, 
 
 
 def _entry_bytes(name: str, dtype: str, shape: Sequence[int]) -> int:
-    """Bounds the bytes of an entry, whose offsets have at most 19 digits."""
+    """Returns an upper bound on the bytes of an entry; its offsets have at most 19 digits."""
     return len(json.dumps({name: _entry(dtype, shape, 2**63, 2**63)}))

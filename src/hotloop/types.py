@@ -1,8 +1,8 @@
 """Shared types: a configuration, a request, a result, and the engine protocol.
 
-They are plain frozen values, which only check and name themselves, so that they can be printed,
-hashed, compared, sent to another process and written to a record. torch is not imported here: the
-command line reads this module before it knows whether it needs torch.
+They are plain frozen values that only validate themselves. They can be printed, hashed, compared,
+sent to another process and written to a record. torch is not imported here: the command line reads
+this module before it knows whether it needs torch.
 
 Shape letters, here and everywhere: B sequences in a batch, T tokens of one sequence, V vocabulary.
 """
@@ -47,22 +47,23 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Element type of activations and of unquantized weights. ``auto`` lets the device decide."""
 
 AllReduce = Literal["auto", "nccl", "symm_mem", "gloo", "shm"]
-"""All-reduce backend. Of GPUs: NCCL, or for small sums symmetric memory (``symm_mem``), by which
-ranks read each other's parts; ``auto`` is ``symm_mem`` where that works, else ``nccl``. Of CPUs:
-gloo, or memory that the ranks of one machine share (``shm``); ``auto`` is ``shm`` where that works,
-else ``gloo``."""
+"""All-reduce backend. On GPUs: NCCL, or for small sums symmetric memory (``symm_mem``), through
+which ranks read each other's parts; ``auto`` is ``symm_mem`` where that works, else ``nccl``. On
+CPUs: gloo, or memory that the ranks of one machine share (``shm``); ``auto`` is ``shm`` where that
+works, else ``gloo``."""
 
 CopyFormat = Literal["hotloop", "compressed-tensors"]
-"""Format of a quantized copy: hotloop's own, or one that vLLM and transformers read, too."""
+"""Format of a quantized copy: hotloop's own, or compressed-tensors, which vLLM and transformers
+read too."""
 
 DraftPolicy = Literal["adaptive", "always"]
-"""Policy of drafting: only where it pays, as measured while running, or in every step."""
+"""Policy of drafting: only while it pays, as measured at run time, or in every step."""
 
 PrefixReuse = Literal["none", "chunks", "tokens"]
 """Reuse of keys and values of earlier requests for prompts that begin with the same tokens:
-``tokens`` reuses every token, those of answers too; ``chunks`` only what has the bits that prefill
-would give it: whole prefill chunks of prompts, and with CPU kernels and chunks of up to
-``EXACT_CPU_CHUNK`` tokens every token."""
+``tokens`` reuses every token, also of answers; ``chunks`` reuses only tokens that have the bits of
+a prefill: whole prefill chunks of prompts, and, with CPU kernels and chunks of up to
+``EXACT_CPU_CHUNK`` tokens, every token."""
 
 PrefixCache = Literal["auto", PrefixReuse]
 """Prefix reuse as a user asks for it: ``auto`` is ``tokens`` in a chat, else ``none``."""
@@ -74,10 +75,11 @@ DEFAULT_CACHE_BYTES = 2**30
 """Bytes of KV cache that limit the default context."""
 
 MIN_DEFAULT_SEQ_LEN = 4096
-"""The default context has at least this many tokens, if the model's has."""
+"""The fewest tokens of the default context, if the model's context is not shorter."""
 
 DEFAULT_NEW_TOKENS = 256
-"""The most tokens of an answer whose length neither the caller nor the model's makers set."""
+"""The most tokens of an answer if neither the caller nor the model's generation config sets a
+limit."""
 
 MAX_DRAFT_TOKENS = 256
 """The most tokens that ``EngineConfig.draft_tokens`` can draft for one step."""
@@ -86,19 +88,19 @@ OWN_ENGINE = "hotloop"
 """The value of ``EngineConfig.engine`` that is hotloop's own engine."""
 
 LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
-"""Prompt tokens of one forward pass by default: the minimum, and with ``fused`` the maximum, which
-is reduced to what fits the device's memory."""
+"""The default number of prompt tokens of one forward pass: the minimum, and with ``fused`` the
+maximum, which is reduced if the device's memory is too small."""
 
 EXACT_CPU_CHUNK = 64
-"""The longest chunk that CPU kernels compute with the bits of decode steps: PyTorch's attention is
+"""The longest chunk for which CPU kernels compute the bits of decode steps: PyTorch's attention is
 faster for more tokens."""
 
 MAX_DELTA_LN_PPL = 0.02
 """Increase of ln perplexity that a recommendation tolerates by default: 2 % more perplexity."""
 
 MAX_ACCURACY_LOSS = 0.01
-"""The loss of accuracy that would matter, as a share of the reference's. It is fixed before
-anything is measured."""
+"""The loss of accuracy that would matter, as a share of the reference's accuracy. It is fixed
+before anything is measured."""
 
 MAX_ANSWERS = 128
 """The most answers to one prompt that ``SamplingParams.n`` can ask for."""
@@ -111,11 +113,11 @@ MAX_LOGPROBS = 20
 
 
 NESTED_DRAFTER = "self"
-"""The drafter that is the high nibbles of the model's own weights."""
+"""The drafter that uses the high nibbles of the model's own weights."""
 
 
 def exit_layers(draft: str) -> int | None:
-    """Returns N of a value ``exit-N`` of ``EngineConfig.draft``; None for any other."""
+    """Returns N of a value ``exit-N`` of ``EngineConfig.draft``; None for other values."""
     match = re.fullmatch(r"exit-(\d{1,9})", draft)
     return int(match[1]) if match else None
 
@@ -123,7 +125,7 @@ def exit_layers(draft: str) -> int | None:
 def self_scheme(draft: str) -> str | None:
     """Returns SCHEME of a value ``self-SCHEME`` of ``EngineConfig.draft``, and "" of ``self``.
 
-    None for any other.
+    The result is None for other values.
     """
     if draft == NESTED_DRAFTER:
         return ""
@@ -134,8 +136,8 @@ def self_scheme(draft: str) -> str | None:
 def drafters(draft: str) -> tuple[str, ...]:
     """Returns the drafters that a value of ``EngineConfig.draft`` names; none for ``none``.
 
-    Several, such as ``ngram+self-int4-g64``, are those that need no other model: any other value
-    is a draft model, whatever characters its path has.
+    Only drafters without another model can be combined, as in ``ngram+self-int4-g64``. Any other
+    value is a draft model, whatever characters its path has.
     """
     parts = tuple(part.strip() for part in re.split("[+,]", draft))
     if all(map(_needs_no_model, parts)):
@@ -156,7 +158,7 @@ def is_draft_model(draft: str) -> bool:
 def draft_name(
     draft: str, quant: str, n_tokens: int, policy: str, assumed: float | None = None
 ) -> str:
-    """Names a way of making drafts, such as ``ngram-4`` or ``llama-2-13b:int4-g128-4``.
+    """Returns the name of a way of drafting, such as ``ngram-4`` or ``llama-2-13b:int4-g128-4``.
 
     The arguments are the fields ``draft``, ``draft_quant``, ``draft_tokens``, ``draft_policy`` and
     ``assume_acceptance`` of ``EngineConfig``.
@@ -178,14 +180,14 @@ class Lever:
 
     Attributes:
         help: A sentence or two on its effect.
-        group: The part of a help page that lists it; None where the command line has another
-            option for it, or none.
-        default: The default in words, where the field's own value does not say it.
+        group: The part of a help page that lists it; None if the command line has another option
+            for it, or none.
+        default: The default in words, if the field's own value does not show it.
         sweep: The values that a sweep tries by default, separated by commas; None for the default.
         alias: Another name of its option.
-        names: The kind of names that it takes, where their list is in another module.
-        used: Tells from the other fields of a configuration whether it has an effect; None where
-            it always has.
+        names: The kind of names that it takes, if another module has the list.
+        used: Returns whether it has an effect, by the other fields of a configuration; None if it
+            always has.
     """
 
     help: str
@@ -219,7 +221,7 @@ def _has_draft_model(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything that makes one engine differ from another.
+    """The configuration of an engine.
 
     The same value drives ``generate``, ``chat``, ``bench``, ``eval`` and ``sweep``. Each field
     describes itself in its :class:`Lever`; see :func:`levers`.
@@ -411,7 +413,7 @@ class EngineConfig:
 
     @property
     def name(self) -> str:
-        """A short, sortable name of what differs from the default, such as ``int4-g64/compile``."""
+        """A short, sortable name of non-default fields, such as ``int4-g64/compile``."""
         own = self.engine == OWN_ENGINE
         parts = [] if own else [self.engine]
         if own or (self.quant, self.head) != ("auto", "auto"):
@@ -437,7 +439,7 @@ class EngineConfig:
 
     @property
     def draft_name(self) -> str:
-        """The name of its way of drafting; see :func:`draft_name`."""
+        """The name of the way of drafting; see :func:`draft_name`."""
         drafting = self.draft, self.draft_quant, self.draft_tokens, self.draft_policy
         return draft_name(*drafting, self.assume_acceptance)
 
@@ -466,7 +468,8 @@ whole answer), or a context-free grammar in llguidance's variant of Lark."""
 class Grammar:
     """A grammar that an answer must follow.
 
-    An engine refuses one that is invalid, or that it cannot enforce, before it generates anything.
+    An engine refuses a grammar that is invalid, or that it cannot enforce, before it generates
+    anything.
 
     Attributes:
         kind: Its kind.
@@ -756,10 +759,10 @@ class Score:
         token_logprobs: Natural log-probability of each token after the first, float32 [T - 1].
         top1: The most likely token at each position, int64 [T - 1].
         top1_logprobs: Its log-probability, float32 [T - 1]; None from an engine without it.
-        log_probs: The whole distribution, float32 [T - 1, V], where it was asked for and the engine
-            gives it.
-        top: Where the K most likely tokens were asked for, or the engine gives no more: their ids,
-            int64 [T - 1, K], and their log-probabilities, float32 [T - 1, K].
+        log_probs: The whole distribution, float32 [T - 1, V], if it was requested and the engine
+            returns it.
+        top: The ids, int64 [T - 1, K], and log-probabilities, float32 [T - 1, K], of the K most
+            likely tokens, if they were requested, or if the engine returns no more.
     """
 
     token_logprobs: Tensor
@@ -774,29 +777,29 @@ class EngineDescription:
     """The engine that runs: the configuration, resolved.
 
     Attributes:
-        config: As asked for.
-        family: The model family, or the baseline's own word for it.
+        config: The configuration as requested.
+        family: The model family, or the baseline's own name of it.
         device: The torch device in use.
         device_name: The device's own name.
         dtype: Element type of activations.
-        execution: How steps run; None where an engine has no such choice.
+        execution: The execution mode; None for an engine without one.
         vocab_size: Token ids are below this.
         max_seq_len: Tokens that a seat can hold.
         n_params: Parameters of the model, a tied embedding counted once. This and the bytes are
-            None where another engine does not say.
+            None if another engine does not report them.
         weight_bytes: Bytes of weights resident on one rank.
         weight_bytes_per_step: Bytes of weights one decode step reads on one rank: embedding rows
             that are not read do not count, a tied head does.
         kv_bytes_per_token: Bytes of cache one token of one sequence takes on one rank.
         kernels: The kernel of each kind of layer, such as ``{"qkv_proj": "int8/torch"}``.
-        notes: Why a faster path was not taken, and whatever else a reader of results must know.
+        notes: Why a faster path was not taken, and other notes for readers of results.
         load_s: Seconds from start to weights in place.
         warmup_s: Seconds of compilation, capture and first runs after that.
         read_bytes: Bytes of weights that rank 0 read from files; None where it read none.
-        read_s: Seconds from the first of them to all weights in place, a part of ``load_s``.
+        read_s: Seconds from the first of these bytes to all weights in place, a part of ``load_s``.
         compile_cache: Whether compiled artifacts were found (``warm``), made (``cold``), or not
             used (None).
-        version: Name and version of another engine than hotloop's own.
+        version: Name and version of the engine, if it is not hotloop's own.
         settings: Its settings, by its own names.
         bos_id: The token that begins a text, whether or not the tokenizer adds it.
         adds_bos: Whether the model's own tokenizer puts it before a text. ``encode`` does not.
@@ -830,29 +833,29 @@ class EngineDescription:
 
     @property
     def load_gb_s(self) -> float | None:
-        """GB of weights that rank 0 read and put in place per second; None where it read none."""
+        """GB of weights that rank 0 read and put in place per second; None if it read none."""
         if self.read_bytes is None or not self.read_s:
             return None
         return self.read_bytes / self.read_s / 1e9
 
     @property
     def name(self) -> str:
-        """The configuration's name, with what ``auto`` turned out to be."""
+        """The configuration's name, with the actual execution mode in place of ``auto``."""
         return replace(self.config, execution=self.execution or self.config.execution).name
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Predicted bytes by purpose, and those that are free; of several ranks, the largest rank's.
+    """Predicted bytes by purpose, and free bytes; for several ranks, of the largest rank.
 
     Attributes:
         weights_bytes: Resident weights, exactly, with those of a drafter.
         cache_bytes: The KV cache, exactly.
-        workspace_bytes: An upper estimate of what a forward pass needs besides: the activations of
-            a prefill chunk, its logits when it is scored, and the largest matrix dequantized.
+        workspace_bytes: An upper estimate of the further bytes of a forward pass: the activations
+            of a prefill chunk, its logits when it is scored, and the largest dequantized matrix.
         device: The device that holds the model.
         free_bytes: Free bytes of that device.
-        draft_bytes: The part of ``weights_bytes`` that is there for a drafter alone.
+        draft_bytes: The part of ``weights_bytes`` that only a drafter needs.
     """
 
     weights_bytes: int
@@ -868,7 +871,7 @@ class MemoryPlan:
         return self.weights_bytes + self.cache_bytes + self.workspace_bytes
 
     def to_dict(self) -> dict[str, int]:
-        """Returns the byte counts, total included, as records hold them."""
+        """Returns the byte counts, total included, for records."""
         counts = {k: v for k, v in asdict(self).items() if k != "device"}
         return counts | {"total_bytes": self.total_bytes}
 
@@ -891,8 +894,9 @@ class ChatPrompt:
 
 
 Prompt = str | Sequence[int] | ChatPrompt
-"""Text, tokenized with the special tokens that the model itself adds; token ids, as they are; or a
-conversation. An answer to the first two continues the prompt: prompt and answer are one text."""
+"""Text, which is tokenized with the special tokens that the model itself adds; token ids, which are
+used as they are; or a conversation. An answer to text or token ids continues the prompt: prompt and
+answer are one text."""
 
 
 class PeakMemory(Protocol):
@@ -900,7 +904,7 @@ class PeakMemory(Protocol):
 
     @property
     def peak_bytes(self) -> int | None:
-        """Bytes at the peak; of several ranks, on the one that has most. None if not known."""
+        """Bytes at the peak; for several ranks, the maximum. None if not known."""
         ...
 
 
@@ -911,7 +915,7 @@ class DraftingEngine(Protocol):
     def step_costs(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> tuple[StepCost, ...]:
         """Times steps of every number of drafts that it uses, 0 included, over these prompts.
 
-        A number of drafts of which no step was seen is left out.
+        Numbers of drafts without a timed step are left out.
         """
         ...
 
@@ -919,8 +923,8 @@ class DraftingEngine(Protocol):
 class Engine(Protocol):
     """Anything that can be measured: hotloop's own engine, and every baseline.
 
-    ``bench`` and ``evaluate`` see nothing else, so a baseline is measured by the very code that
-    measures us.
+    ``bench`` and ``evaluate`` use only this protocol, so a baseline is measured by the same code as
+    hotloop.
     """
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:

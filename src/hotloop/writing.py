@@ -1,7 +1,8 @@
 """Writes files atomically, and never through a link.
 
-A results folder can come from somebody else, and a link in it could redirect a write to any place.
-So the last component of a path is never followed; the folders above it are the caller's choice.
+A results folder may come from another user, and a link in it could redirect a write to any place.
+So a link as the last component of a path is never followed; the folders above it are the caller's
+choice.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any, BinaryIO
 from hotloop.errors import ConfigError, HotloopError, shorten, shorten_value
 
 TAIL_BYTES = 2**16
-"""Bytes of a log in which its last lines are looked for."""
+"""Bytes at the end of a log in which the last lines are searched."""
 
 MAX_NAME_BYTES = 200
-"""The longest file name to make: file systems allow 255 bytes, of which suffixes take some."""
+"""The longest file name to make: file systems allow 255 bytes, and suffixes need some of them."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -40,7 +41,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> Path:
-    """Writes an object as indented JSON, and returns the file; only for a new folder of ours."""
+    """Writes an object as indented JSON, and returns the file; only for hotloop's new folders."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return file
 
@@ -48,7 +49,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> Path:
 def remove_unfinished(folder: Path) -> None:
     """Removes files that ``replacing`` left in a folder when its process was killed.
 
-    Those that a process is writing are locked, and stay.
+    Files that a process is still writing are locked, and stay.
     """
     for path in folder.glob(".*.partial"):
         with suppress(OSError), path.open("rb") as file:
@@ -61,7 +62,7 @@ def replacing(path: Path) -> Generator[BinaryIO]:
     """Opens a new file, which replaces ``path`` when the block ends without an error.
 
     It is written beside ``path`` and renamed: a link at ``path`` is replaced and not followed, and
-    if the block raises, ``path`` is unchanged. The block's own errors pass unchanged.
+    if the block raises, ``path`` is unchanged. Errors of the block are raised unchanged.
 
     Raises:
         HotloopError: The file cannot be created or written.
@@ -91,7 +92,7 @@ class _Unfinished(io.FileIO):
 
     @classmethod
     def beside(cls, target: Path) -> _Unfinished:
-        """Makes one in the folder of its target."""
+        """Makes an unfinished file in the folder of its target."""
         while True:
             file = cls(target.with_name(f".{uuid.uuid4().hex}.partial"), target)
             with suppress(OSError):  # a file system without locks
@@ -142,7 +143,7 @@ def tail(file: BinaryIO, lines: int, start: int = 0) -> list[str]:
 def append_line(path: Path, line: bytes) -> None:
     """Appends a line to a file in one write, and syncs it to the disk.
 
-    If the last line is incomplete, the new one still begins on a line of its own.
+    If the last line is incomplete, the new line still begins on a line of its own.
 
     Raises:
         HotloopError: As for ``opened_to_append``, or the disk is full.
@@ -171,7 +172,7 @@ def make_subfolder(folder: Path, name: str) -> Path:
     """Creates a folder within another one, unless it exists.
 
     Raises:
-        ConfigError: A link has its name.
+        ConfigError: A link with its name exists.
         HotloopError: It cannot be created.
     """
     path = folder / name
@@ -184,7 +185,7 @@ def check_component(name: str) -> str:
     """Returns ``name`` if it is one component of a path, and so cannot leave a folder.
 
     Raises:
-        ConfigError: It is empty, too long, leads elsewhere, or holds control characters.
+        ConfigError: It is empty, too long, leads to another folder, or has control characters.
     """
     if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]", name):
         raise ConfigError(
@@ -202,7 +203,7 @@ def check_component(name: str) -> str:
 def file_name(text: str) -> str:
     """Makes a file name, without a suffix, from a text such as the name of a cell.
 
-    Unusual characters become underscores; a long text is cut, and a hash appended.
+    Unusual characters become underscores; a long text is cut, and a hash is appended.
     """
     name = re.sub(r"[^\w.+=-]+", "_", text, flags=re.ASCII).lstrip(".")
     if len(name) <= MAX_NAME_BYTES // 2:

@@ -1,11 +1,11 @@
-"""``main``: from an argument list to an exit code.
+"""``main``: runs a command line, and returns the exit code.
 
-Help pages are files, written by ``help_pages`` and kept up to date by a test: building one
-takes a third of a second of imports, reading one takes none. Commands are
-imported when they are called.
+Help pages are files, written by ``help_pages`` and kept up to date by a test: to build a page takes
+a third of a second of imports, and to read it takes none. Commands are imported when they are
+called.
 
 Exit codes: 0 success; 1 failure; 2 invalid command line or input; 130 stopped by Ctrl-C; 141 the
-reader of our output went away.
+reader of the output has closed it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VERBS = (
     *("generate", "chat", "serve", "bench", "sweep", "eval", "report", "compare"),
     *("pull", "quantize", "info"),
 )
-"""Every command is ``app`` of the module of its name, in the order of the help page."""
+"""The commands, in the order of the help page. Each is ``app`` of the module with its name."""
 
 TRACEBACK = "HOTLOOP_TRACEBACK"
 """The environment variable that shows the traceback of an error."""
@@ -55,7 +55,7 @@ USAGE_ERRORS = (
 
 
 def commands() -> App:
-    """Returns the command line as cyclopts sees it; a command is imported when it is used."""
+    """Returns the command line as a cyclopts app; a command is imported when it is used."""
     from cyclopts import App, Parameter
 
     app = App(
@@ -102,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         discard_output()
         name = shorten(os.fsdecode(error.filename)) if error.filename else ""
-        what = name or "input or output failed"  # only who opens a file knows its name
+        what = name or "input or output failed"  # only errors of opening have the file's name
         return _failed(error, f"{what}: {error.strerror or error}.")
     except MemoryError as error:
         return _failed(error, "this machine has too little memory for that.")
     except SystemExit:
         raise
-    except BaseException as error:  # some libraries' panics are no Exception
+    except BaseException as error:  # panics of some libraries are not an Exception
         said = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
         hint = "" if _wants_traceback() else f" with what {TRACEBACK}=1 shows"
         return _failed(
@@ -148,7 +148,7 @@ def _run(argv: list[str]) -> int:
 
 
 def help_page(argv: Sequence[str]) -> Path | None:
-    """Returns the help page that a command line asks for, if it asks for one."""
+    """Returns the help page that a command line requests; None if it requests none."""
     pages = Path(__file__).parent / "help"
     if not argv or argv[0] in HELP_FLAGS:
         return pages / "hotloop.txt"
@@ -159,5 +159,5 @@ def help_page(argv: Sequence[str]) -> Path | None:
 
 
 def _shown_default(value: object) -> object | None:
-    """Returns the default that help shows: none for flags that are off and empty lists."""
+    """Returns the default that help shows; None for flags that are off and empty lists."""
     return None if value is False or value == () else value

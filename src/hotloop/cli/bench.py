@@ -106,7 +106,7 @@ def bench(
 
 
 def _find_out(url: str, against: str | None, options: WorkloadOptions, *, json: bool) -> int:
-    """Finds out how a server behaves, and prints it."""
+    """Measures how a server behaves, and prints it."""
     from hotloop.baselines.completions import CompletionsClient
     from hotloop.baselines.server_behaviour import find_out
     from hotloop.bench.record import Workload

@@ -1,7 +1,7 @@
-"""``hotloop chat``: a conversation in a terminal, or one turn a line over a pipe.
+"""``hotloop chat``: a conversation in a terminal, or over a pipe with one turn per line.
 
-The conversation is a value of its own (``Conversation``), free of terminals; ``Session`` is the
-loop around it; what is particular to a terminal is in ``terminal``.
+The conversation is a separate value (``Conversation``) that does not depend on a terminal.
+``Session`` is the loop around it. Code for terminals is in ``terminal``.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ HELP = "\n".join(
 )
 
 MIN_ANSWER_TOKENS = 256
-"""Room that a prompt leaves for its answer, where the context is large enough and nothing is said
-about the answer's length."""
+"""Tokens that a prompt leaves for its answer by default, if the context is large enough."""
 
 
 @app.default
@@ -123,7 +122,7 @@ def converse(session: Session, turns: Iterator[str]) -> None:
 
 
 def converse_in_terminal(session: Session) -> None:
-    """Answers turns that are typed in a terminal, where Ctrl-C does not end the program."""
+    """Answers turns from a terminal, in which Ctrl-C does not end the program."""
     with CtrlC() as ctrl_c, line_reader() as read_line:
         session.ctrl_c = ctrl_c
         read = ctrl_c.while_reading(read_line)
@@ -132,13 +131,13 @@ def converse_in_terminal(session: Session) -> None:
 
 @dataclass
 class Conversation:
-    """A conversation, cut to what the context holds.
+    """A conversation, cut to fit the context.
 
     Attributes:
-        encode: Makes a prompt of messages, through a chat template.
+        encode: Makes a prompt from messages, through a chat template.
         limit: The most tokens a prompt may have.
         system: The system message.
-        exchanges: A user's message and its answer, oldest first.
+        exchanges: Pairs of a user's message and its answer, oldest first.
     """
 
     encode: Callable[[list[Message]], ChatPrompt]
@@ -147,13 +146,13 @@ class Conversation:
     exchanges: list[tuple[str, str]] = field(default_factory=list)
 
     def prompt(self, text: str | None) -> tuple[ChatPrompt, int]:
-        """Returns the prompt for ``text``, and the number of old exchanges dropped for it.
+        """Returns the prompt for ``text``, and the number of old exchanges that were dropped.
 
         Without ``text`` it is the prompt that continues the last answer.
 
         Raises:
             RequestError: ``text`` does not fit even alone, or there is no answer to continue; the
-                conversation is as it was.
+                conversation is unchanged.
         """
         if text is None and not self.exchanges:
             raise RequestError("there is no answer to continue.")
@@ -169,7 +168,7 @@ class Conversation:
         return ids, dropped
 
     def add(self, text: str | None, answer: str) -> None:
-        """Adds an answer to ``text``, or what continues the last answer."""
+        """Adds an answer to ``text``, or the continuation of the last answer."""
         if text is None:
             asked, begun = self.exchanges[-1]
             self.exchanges[-1] = asked, begun + answer
@@ -190,13 +189,14 @@ class Session:
     Args:
         llm: The engine.
         config: Its configuration as given.
-        params: How to sample every answer.
-        encode: Makes a prompt of messages.
+        params: Sampling options of every answer.
+        encode: Makes a prompt from messages.
         system: The system message.
-        json: Print an object an answer instead of text.
+        json: Print an object per answer, not text.
 
     Attributes:
-        ctrl_c: Handles Ctrl-C in a terminal, where it stops an answer. None: it ends the session.
+        ctrl_c: Handles Ctrl-C in a terminal, where it stops an answer. With None, Ctrl-C ends the
+            session.
     """
 
     ctrl_c: CtrlC | None = None
@@ -221,12 +221,12 @@ class Session:
         self._context_used = 0
 
     def greet(self) -> None:
-        """Prints the model, execution and device."""
+        """Prints the model, execution mode and device."""
         about = self._about
         note(f"{self._config.model} · {about.name} on {about.device_name} · /help for help")
 
     def take(self, text: str) -> bool:
-        """Runs the command of a turn, or answers its message; False ends the session."""
+        """Runs the command of a turn, or answers its message; returns False to end the session."""
         try:
             if (command := parse_command(text)) is not None:
                 return self._obey(*command)
@@ -305,7 +305,7 @@ class Session:
 
 
 def parse_command(text: str) -> tuple[str, str] | None:
-    """Returns a command and the text that it is given; None if the line is a message."""
+    """Returns a command and its argument; None if the line is a message."""
     name, *rest = text.split(maxsplit=1) or [""]
     if name not in _NAMES or (rest and name != "/system"):
         return None
@@ -313,7 +313,7 @@ def parse_command(text: str) -> tuple[str, str] | None:
 
 
 def message_of(text: str) -> str:
-    """Returns the message of a line, without the slash that keeps it from being a command."""
+    """Returns the message of a line, without the slash that marks it as a message."""
     if re.match(r"\s*//\w", text):
         return text.replace("/", "", 1)
     if re.fullmatch(r"\s*/\w+\s*", text):
@@ -326,14 +326,14 @@ def message_of(text: str) -> str:
 def read_turns(
     read_line: ReadLine, on_interrupt: Callable[[], object] | None = None
 ) -> Iterator[str]:
-    r"""Yields the messages of lines, until they end.
+    r"""Yields messages from lines, until the lines end.
 
     A line that ends in ``\`` continues in the next; lines between two lines of ``\"\"\"`` are one
     message.
 
     Args:
         read_line: Reads the next line.
-        on_interrupt: Is called after a KeyboardInterrupt, which drops the lines of an unfinished
+        on_interrupt: Called after a KeyboardInterrupt, which drops the lines of an unfinished
             message; without it, the interrupt ends the program.
     """
     lines: list[str] = []

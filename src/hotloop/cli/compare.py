@@ -30,7 +30,7 @@ _UNITS = {"speed": "", "quality": " Δ ln ppl", "accuracy": " points of accuracy
 
 
 _LEAST = 1e-6
-"""The least share that can be told from 0 in any number of items."""
+"""The smallest share that is accepted as above 0."""
 
 
 def _share(_type: object, tokens: Sequence[Token]) -> float:
@@ -47,7 +47,7 @@ def _share(_type: object, tokens: Sequence[Token]) -> float:
 
 
 def _share_above_0(type_: object, tokens: Sequence[Token]) -> float:
-    """Reads a share that is not 0: items can rule out some loss, and never any loss at all."""
+    """Reads a share above 0: no number of items can rule out every loss."""
     if (share := _share(type_, tokens)) == 0:
         raise ValueError("no number of items rules out a loss of 0: give a share such as 1%.")
     return share

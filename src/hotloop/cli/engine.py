@@ -1,4 +1,4 @@
-"""The engine as commands use it: loaded behind a spinner, closed at the end."""
+"""Loads an engine for a command, with a spinner, and closes it at the end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def note_cache() -> None:
 
 
 def note_engine(notes: Sequence[str]) -> None:
-    """Prints an engine's notes: a reason why kernels are not used once, with all of its kernels.
+    """Prints an engine's notes; each reason against kernels once, with all of its kernels.
 
-    These come first, since other notes can tell which are used instead.
+    These reasons come first, since other notes can name the kernels that are used instead.
     """
     names: dict[str, list[str]] = {}
     others = []
@@ -48,7 +48,7 @@ def note_engine(notes: Sequence[str]) -> None:
 
 @contextmanager
 def loaded(config: EngineConfig) -> Generator[LLM]:
-    """Loads an engine, behind a spinner; closes it at the end of the block."""
+    """Loads an engine, with a spinner; closes it at the end of the block."""
     note_cache()
     label = f"{config.model} as {config.name}"
     with spinner(f"{label}: starting") as show:
@@ -65,7 +65,7 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
 
 
 class ConversationFormat:
-    """Makes prompts of messages, by the user's options of the chat template.
+    """Makes prompts from messages, with the user's options of the chat template.
 
     Args:
         options: The options of the chat template.
@@ -82,20 +82,19 @@ class ConversationFormat:
         self._source = read_text(self._file, refuse=config_error) if self._file else None
 
     def check(self, model: str, messages: Sequence[Message]) -> None:
-        """Encodes messages before the model is loaded, where the user said how.
+        """Encodes messages before the model is loaded, if the user gave a template or variables.
 
         Raises:
-            HotloopError: The template of the user's own, its variables or the messages are at
-                fault.
+            HotloopError: The user's template, its variables or the messages are at fault.
         """
         if self._own:
             self.encoder(early_tokenizer(model))(messages)
 
     def encoder(self, tokenizer: Tokenizer | None) -> Callable[[Sequence[Message]], ChatPrompt]:
-        """Makes the function that encodes messages; it continues the last one if it is an answer.
+        """Makes the function that encodes messages; it continues a last message that is an answer.
 
         Args:
-            tokenizer: The model's.
+            tokenizer: The model's tokenizer.
         """
         assert tokenizer is not None, "a checkpoint comes with a tokenizer"
         if self._file is not None:

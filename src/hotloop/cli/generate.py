@@ -1,4 +1,4 @@
-"""``hotloop generate``: one prompt, one answer, streamed."""
+"""``hotloop generate``: streams the answer to one prompt."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Examples:
 
 
 MAX_PROMPT_CHARS = 2**26
-"""The longest prompt that is read: more than any context holds, and less than memory holds."""
+"""The longest prompt that is read: more than any context, and less than memory can hold."""
 
 
 @app.default
@@ -117,13 +117,12 @@ def generate(
 
 
 def read_prompt(prompt: str | None, file: Path | None, stdin: bool) -> str:
-    """Reads the prompt from the place that was named, or from standard input if it is a pipe.
+    """Reads the prompt from the given source, or from standard input if it is a pipe.
 
-    The last newline of a file or a pipe is removed, since it ends the text rather than belonging to
-    it.
+    The last newline of a file or a pipe is removed, since it only ends the text.
 
     Raises:
-        ConfigError: No place or several were named, or the text cannot be read.
+        ConfigError: No source or several were given, or the text cannot be read.
     """
     named = (prompt is not None) + (file is not None) + stdin
     if named > 1:

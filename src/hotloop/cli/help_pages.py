@@ -1,7 +1,7 @@
 """``python -m hotloop.cli.help_pages``: writes the help pages that ``main`` prints.
 
-They are what cyclopts itself would print, 80 columns wide and without colours. Run this after any
-change of a command or an option; a test fails until then.
+The pages are cyclopts' own output, 80 columns wide and without colours. Run this after any change
+of a command or an option; a test fails until then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``hotloop info``: what this machine is, or what a model is and whether it fits here."""
+"""``hotloop info``: describes this machine, or a model and whether it fits here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Examples:
 SCHEMES = "none,int8,fp8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
 
 NESTED_SCHEMES = "int8-g128,int8-g64,int8-g32"
-"""The schemes whose high halves ``--draft self`` drafts with."""
+"""The schemes with which ``--draft self`` can draft, by their high halves."""
 
 
 @app.default
@@ -150,8 +150,8 @@ def execution(device: torch.device) -> dict[str, dict[str, Any]]:
 def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
     """Returns a model's shape, and the memory of a rank of ``config`` under each scheme.
 
-    A scheme that does not suit the model, or cannot be split over ranks, has its reason in place of
-    bytes.
+    For a scheme that does not fit the model, or cannot be split over ranks, the entry has the
+    reason in place of bytes.
     """
     from hotloop.engine.memory import predict_memory
     from hotloop.engine.setup import prepare
@@ -214,15 +214,15 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
 
 
 def _layers(model: ModelConfig) -> list[dict[str, Any]]:
-    """Returns the distinct layers of a model, or of a rank's part of it, with their number."""
+    """Returns the distinct layers of a model, or of a rank's shard, with their numbers."""
     return [{"count": n} | asdict(kind) for kind, n in model.kinds.items()]
 
 
 def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Returns the encodings of a checkpoint's matrices, and the kernels that would read rank 0's.
+    """Returns the encodings of a checkpoint's matrices, and the kernels for those of rank 0.
 
-    Matrices that differ in any of these are listed apart, those with the most bytes first. Packed
-    bytes are those of the whole matrices, as the kernels hold them.
+    Matrices that differ in any of these are listed separately, those with the most bytes first.
+    Packed bytes are for the whole matrices, in the layout of the kernels.
     """
     from hotloop.engine.setup import head_spec, linear_specs
     from hotloop.kernels.linear import choose_linear
@@ -312,7 +312,7 @@ def _heads(attention: dict[str, Any]) -> str:
 
 
 def _by_kind(values: Iterable[tuple[int, object]]) -> str:
-    """Returns the value that all layers have, or else each with its number of layers."""
+    """Returns the value that all layers have, or else each value with its number of layers."""
     counts = Counter[str]()
     for n, value in values:
         counts[str(value)] += n
@@ -322,7 +322,7 @@ def _by_kind(values: Iterable[tuple[int, object]]) -> str:
 
 
 def _split(ranks: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Returns what each rank holds, in the order of ranks, as headings and text."""
+    """Returns headings and texts for the shards of ranks, in the order of ranks."""
     if len(ranks) < 2:
         return []
 
@@ -373,13 +373,13 @@ def _show_model(about: dict[str, Any]) -> None:
 
 
 _FEW_KINDS = 3
-"""The most kinds of matrices that a row of formats names."""
+"""The most kinds of matrices that a row of the table of formats names."""
 
 
 def _show_formats(formats: list[dict[str, Any]], device: str) -> None:
-    """Prints how matrices are stored and what reads them, with the reasons for slower kernels.
+    """Prints the encodings and kernels of matrices, with the reasons for slower kernels.
 
-    Bits are of a weight, with its share of scales: in the file, and as the kernel holds them.
+    Bits are per weight, including its share of scales: in the file, and in the kernel's layout.
     """
     from rich.table import Table
 

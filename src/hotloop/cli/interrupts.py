@@ -1,7 +1,7 @@
-"""Ctrl-C while modules are imported: it waits for the end of the import.
+"""Delays Ctrl-C while modules are imported, until the end of the import.
 
 Importing torch takes a second or more. Some of its modules swallow a KeyboardInterrupt, so that the
-command would run on, and its C++ code ends the process with an abort.
+command would continue; and its C++ code aborts the process.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 _AGAIN_S = 0.02
-"""Seconds after which it is looked again whether the import has ended."""
+"""Polling interval of the end of the import, in seconds."""
 
 
 @contextmanager
 def ctrl_c_after_imports() -> Generator[None]:
     """Makes Ctrl-C raise KeyboardInterrupt once no module is being imported, within the block.
 
-    Where Ctrl-C is ignored or somebody else's, and in other threads than the main one, it stays so.
+    If Ctrl-C is ignored or has another handler, or outside the main thread, nothing changes.
     """
     timers: list[threading.Timer] = []
 

@@ -1,8 +1,7 @@
-"""Options that several commands share: one class for each value of ``types`` that they make.
+"""Options that several commands share, with one class for each type of ``types`` that they make.
 
 Options of an engine are made from the levers of ``EngineConfig``. Other options are written here; a
-test checks that every field of their value has one. An option whose default is None leaves the
-choice to the model or the device.
+test checks that every field has an option. With a default of None, the model or the device decides.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ OUTPUT = Group("Output", sort_key=9)
 
 
 def option(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
-    """Returns a parameter's help, with its default in words where the value does not say it."""
+    """Returns a parameter's help, with its default in words if the value does not show it."""
     if default is not None:
         more["show_default"] = default
     return Parameter(group=group, help=text, **more)
@@ -77,8 +76,8 @@ def lever_option(name: str, text: str | None = None, default: str | None = None)
 
     Args:
         name: The field.
-        text: The help where a command takes other values; None for the lever's own.
-        default: The default in words where a command has another; None for the lever's own.
+        text: The help, if a command takes other values; None for the lever's help.
+        default: The default in words, if a command has another; None for the lever's default.
     """
     of = LEVERS[name]
     make = integer if _is_number(name) else option
@@ -99,7 +98,7 @@ def _alias(of: Lever) -> dict[str, Any]:
 
 
 def _with_choices(name: str) -> str:
-    """Returns the help of a lever with several values, with the choices where they are few."""
+    """Returns the help of a lever with several values, with the choices if they are few."""
     if get_origin(_HINTS[name]) is not Literal:
         return LEVERS[name].help
     return f"{LEVERS[name].help} Of {', '.join(get_args(_HINTS[name]))}."
@@ -136,8 +135,8 @@ class _ServedEngine(_OneEngine):
     def over(self, config: EngineConfig) -> dict[str, Any]:
         """Returns the levers that differ in this engine from a measured configuration.
 
-        They are those that were given, and a server's defaults where the configuration leaves a
-        lever to hotloop.
+        They are the given levers, and a server's defaults for levers that the configuration leaves
+        to hotloop.
         """
         left = [
             name for name in SERVED_DEFAULTS if getattr(config, name) == getattr(EngineConfig, name)
@@ -146,7 +145,7 @@ class _ServedEngine(_OneEngine):
 
 
 class _ManyEngines(_Options):
-    """Many engines: the same levers, of which each takes several values."""
+    """Many engines: the same levers, each with several values."""
 
     def matrix(self) -> dict[str, list[Any]]:
         """Returns the levers with several values, given or by default."""
@@ -156,7 +155,7 @@ class _ManyEngines(_Options):
         return {name: values for name, values in said.items() if len(values) > 1}
 
     def defaults(self) -> dict[str, Any]:
-        """Returns the levers that were given with one value, which holds for all engines."""
+        """Returns the levers that were given with one value, for all engines."""
         said = {name: _values(name, text) for name, text in self.given().items()}
         return {name: values[0] for name, values in said.items() if len(values) == 1}
 
@@ -208,21 +207,21 @@ def _several_values(name: str) -> tuple[str, Any, Any]:
 
 
 def _options(name: str, base: type[_Options], fields: Iterable[tuple[str, Any, Any]]) -> Any:
-    """Makes a class of options from its fields and a class that has its methods."""
+    """Makes a class of options from its fields and a class with its methods."""
     made = make_dataclass(name, fields, bases=(base,), frozen=True, kw_only=True)
     made.__module__ = __name__  # or cyclopts would take it for one of Python's own types
     return Parameter(name="*")(made)
 
 
 SERVED_DEFAULTS = {"max_batch_size": 8, "prefix_cache": "chunks"}
-"""Defaults of a server that differ from those of an engine: for several requests at once."""
+"""Defaults of a server that differ from those of an engine, for several requests at once."""
 
 _SERVED_WORDS = {name: str(value) for name, value in SERVED_DEFAULTS.items()}
 _SERVED_WORDS["prefill_chunk"] = f"{LEAST_PREFILL_CHUNK}, on a CPU {EXACT_CPU_CHUNK}"
 """A server's defaults in words; of a chunk see ``setup.served_prefill_chunk``."""
 
 GROUPED = tuple(name for name, of in LEVERS.items() if of.group is not None)
-"""The levers that are options of their own."""
+"""The levers with an option of their own."""
 
 if TYPE_CHECKING:
     EngineOptions, MatrixOptions, FitOptions = _OneEngine, _ManyEngines, _Options
@@ -262,11 +261,11 @@ class WeightOptions(_Options):
     weights_seed: Annotated[int, lever_option("seed")] = EngineConfig.seed
 
     def model(self, model: str | None) -> str:
-        """Returns the name of the model, whether it was given as MODEL or as ``--shape``.
+        """Returns the name of the model, given as MODEL or as ``--shape``.
 
         Raises:
-            ConfigError: Neither or both are given, there is no such shape, or it is without random
-                weights.
+            ConfigError: Neither or both are given, there is no such shape, or a shape is given
+                without random weights.
         """
         from hotloop.models.shapes import SHAPES, shape
 
@@ -284,7 +283,7 @@ class WeightOptions(_Options):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ReplacementOptions(_Options):
-    """Other models and interpreters than a recipe's: see ``sweep.recipe.replace_models``."""
+    """Replacements of a recipe's models and interpreters; see ``sweep.recipe.replace_models``."""
 
     model: Annotated[str | None, option(MODEL, "With a recipe: in place of its model.")] = None
     draft_model: Annotated[
@@ -376,7 +375,7 @@ def _json_or_text(value: str) -> Any:
 
 
 def _not_json(constant: str) -> float:
-    """Refuses NaN and Infinity, which Python takes and JSON does not have."""
+    """Refuses NaN and Infinity, which Python accepts and JSON does not have."""
     raise json.JSONDecodeError("not JSON", constant, 0)
 
 
@@ -450,10 +449,10 @@ class SamplingOptions(_Options):
     ] = None
 
     def check(self, *, json: bool) -> None:
-        """Refuses values that no model can use, before one is loaded.
+        """Refuses values that no model can use, before a model is loaded.
 
         Raises:
-            ConfigError: Log-probabilities are asked for where they are not printed, or there are
+            ConfigError: Log-probabilities are requested where they are not printed, or there are
                 two grammars.
             RequestError: A value is invalid.
         """
@@ -468,7 +467,7 @@ class SamplingOptions(_Options):
             check_syntax(grammar)
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
-        """Returns the model's ``defaults``, changed by what was given.
+        """Returns the model's ``defaults``, with the given options.
 
         Raises:
             ConfigError: A logit bias is not ``ID=NUMBER``, or a file cannot be read.
@@ -492,7 +491,7 @@ def _grammar(kind: GrammarKind, file: Path) -> Grammar:
 
 
 def _schema(given: str) -> Grammar:
-    """Returns the grammar of a schema, which is an object or a boolean, or else of its file."""
+    """Returns the grammar of a schema, given as a JSON object or boolean, or else as a file."""
     if given.lstrip().startswith("{") or given.strip() in ("true", "false"):
         return Grammar(kind="json_schema", source=given)
     return _grammar("json_schema", Path(given))

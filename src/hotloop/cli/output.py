@@ -1,9 +1,7 @@
 """Output: data goes to stdout, everything else to stderr.
 
-Every text that a command shows is printed here or in ``stream``, where it is made printable, since
-it can contain text of files, paths and recipes. rich decides by itself about colours (NO_COLOR, no
-terminal); what it does not decide, such as the figure that follows a streamed answer, is in
-``stream``.
+Every text of a command is printed here or in ``stream``, which make it printable, since it can
+contain text from files, paths and recipes. rich decides about colours (NO_COLOR, no terminal).
 """
 
 from __future__ import annotations
@@ -26,20 +24,20 @@ if TYPE_CHECKING:
     from hotloop.console import SafeConsole
 
 PIPE_WIDTH = 200
-"""Columns for tables that no terminal folds, unless COLUMNS says otherwise."""
+"""Columns of tables in a pipe or a file, unless COLUMNS is set."""
 
 
 def open_streams() -> bool:
-    """Makes stdin, stdout and stderr usable; False if stdout is closed, and so nothing can be.
+    """Makes stdin, stdout and stderr usable; returns False if stdout is closed.
 
-    Characters that an encoding lacks are escaped instead of ending the program. A stream that was
-    closed is /dev/null, so that no file that is opened later gets its place.
+    Characters that an encoding lacks are escaped, and do not end the program. A closed stream
+    becomes /dev/null, so that no later file gets its descriptor.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: the closed stream's
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (as long as the process)
     if sys.stderr is None:
@@ -53,7 +51,7 @@ def open_streams() -> bool:
 
 
 def discard_output() -> None:
-    """Sends what stdout still holds to /dev/null if it cannot be written.
+    """Discards the buffer of stdout if it cannot be written.
 
     Python flushes stdout once more when it ends, and would complain.
     """
@@ -64,10 +62,10 @@ def discard_output() -> None:
 
 
 def print_json(value: Any) -> None:
-    """Prints one object on one line; what JSON cannot hold (NaN, infinity) becomes null.
+    """Prints one object on one line; NaN and infinity become null.
 
-    A line with characters that a terminal would obey, or that stdout's encoding lacks, is written
-    in ASCII, with JSON's escapes: its reader gets the same value.
+    A line with characters that a terminal would interpret, or that stdout's encoding lacks, is
+    written in ASCII, with JSON's escapes, which have the same value.
     """
     value = _finite(value)
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -88,7 +86,7 @@ def print_error(text: str) -> None:
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Prints names and values, one pair a line, in two columns."""
+    """Prints names and values in two columns, one pair per line."""
     pairs = list(pairs)
     width = max(len(name) for name, _ in pairs) + 2
     for name, value in pairs:
@@ -143,12 +141,12 @@ def _load_time(load_s: float, gb_s: float | None) -> str:
 def print_memory(
     heading: str, rows: Iterable[tuple[str, Mapping[str, int], bool | None, str | None]]
 ) -> None:
-    """Prints what configurations would take: name, bytes by purpose, and whether they fit.
+    """Prints the memory of configurations: name, bytes by purpose, and whether they fit.
 
     Args:
         heading: The heading of the names.
-        rows: Name, bytes by purpose, whether they fit (None: not known), and, for what cannot
-            run at all, why: the reasons follow the table, each once, with the names it is for.
+        rows: Name, bytes by purpose, whether they fit (None if not known), and, for a configuration
+            that cannot run at all, the reason. Each reason follows the table once, with its names.
     """
     from rich.table import Table
     from rich.text import Text
@@ -186,7 +184,7 @@ def note(text: str, *, fold: bool = True) -> None:
 
 
 def print_rich(table: RenderableType) -> None:
-    """Prints what rich renders: as wide as the terminal, or as a log or a file can hold it."""
+    """Prints a table by rich: as wide as the terminal, or wide enough for a log or a file."""
     from hotloop.console import SafeConsole
 
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -215,7 +213,7 @@ def spinner(label: str) -> Generator[Callable[[str], None]]:
 
 @contextmanager
 def long_step(label: str) -> Generator[None]:
-    """Says on stderr what takes long: by a spinner, or by a line if stderr is not a terminal."""
+    """Announces a long step on stderr: by a spinner, or by a line if it is no terminal."""
     if not stderr().is_terminal:
         note(f"{label} …")
     with spinner(label):

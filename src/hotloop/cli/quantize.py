@@ -1,4 +1,4 @@
-"""``hotloop quantize``: a checkpoint in, a quantized one out."""
+"""``hotloop quantize``: writes a quantized copy of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``measured_config``: the configuration of a sweep's results that a command is to run."""
+"""``measured_config``: finds the configuration in a sweep's results that a command runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Measured:
     """A configuration that was measured.
 
     Attributes:
-        config: The configuration, with the execution that ran.
+        config: The configuration, with the actual execution mode.
         name: Its name in the results.
         why: Why it was chosen, and its speed.
     """
@@ -36,8 +36,8 @@ def measured_config(text: str) -> Measured:
     """Returns the configuration that ``RESULTS`` recommend, or that ``RESULTS:CELL`` names.
 
     Raises:
-        ConfigError: There are no such results, they recommend nothing, there is no such cell, or
-            it was of another engine.
+        ConfigError: There are no such results, they recommend nothing, or the cell is missing or of
+            another engine.
     """
     from hotloop.bench.record import MEASURED
     from hotloop.report.read import latest, read_records
@@ -69,7 +69,7 @@ def measured_config(text: str) -> Measured:
 
 
 def _split(text: str) -> tuple[Path, str | None]:
-    """Splits ``RESULTS:CELL`` at the first colon behind a path that exists."""
+    """Splits ``RESULTS:CELL`` at the first colon after a path that exists."""
     if _exists(text):
         return Path(text), None
     for at, character in enumerate(text):

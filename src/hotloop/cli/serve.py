@@ -1,4 +1,4 @@
-"""``hotloop serve``: a model behind OpenAI's API."""
+"""``hotloop serve``: serves a model by OpenAI's API."""
 
 from __future__ import annotations
 
@@ -149,10 +149,10 @@ class ServerOptions:
 
 
 def _origin(given: str) -> str:
-    """Returns an origin as browsers send it.
+    """Returns an origin in the form that browsers send.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not an origin.
     """
     origin = given.lower().removesuffix("/")
     if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
@@ -264,7 +264,7 @@ def _config(
 
 
 def _announce(http: HttpServer, service: Service) -> None:
-    """Says what is served, where, and how to ask it."""
+    """Prints the served model, its address, and an example request."""
     about, settings = service.description, http.served.settings
     n = about.config.max_batch_size
     name = about.name.removesuffix(f"/batch{n}")
@@ -291,7 +291,7 @@ def _tell_of_draining(service: Service, settings: ServerSettings) -> None:
 
 @contextmanager
 def _terminated_cleanly() -> Generator[None]:
-    """Makes SIGTERM end the program as Ctrl-C does, within the block: no process is left."""
+    """Makes SIGTERM end the program as Ctrl-C does, within the block; no process is left."""
 
     def terminated(*_: object) -> None:
         raise SystemExit(128 + signal.SIGTERM)
@@ -304,8 +304,8 @@ def _terminated_cleanly() -> Generator[None]:
 def _stopped_by_signals(http: HttpServer) -> Generator[None]:
     """Makes SIGTERM and Ctrl-C stop the server, within the block.
 
-    The first lets answers end, the second ends them, and the third ends the process, whatever it
-    waits for: a device can hang.
+    The first signal lets answers finish, the second ends them, and the third ends the process at
+    once, since a device can hang.
     """
     count = itertools.count(1)
 

@@ -1,7 +1,7 @@
-"""Shows an answer while it is generated, then summarizes it in a line or a JSON object.
+"""Shows an answer while it is generated, and then summarizes it in a line or a JSON object.
 
-On a terminal the decode speed so far stands at the right edge of the line being written, and is
-wiped before that line grows into it. Elsewhere the text is passed on as it is.
+On a terminal, the present decode speed is at the right edge of the current line, and is wiped
+before the line reaches it. Otherwise the text is passed on as it is.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Answer:
         text: The text that was shown.
         token_ids: The tokens that arrived.
         finish_reason: Why it ended; ``interrupted`` is Ctrl-C.
-        timing: The engine's own; for a stopped answer, as measured here. None without a token.
-        generation: The engine's account of a finished answer.
+        timing: The engine's times; for a stopped answer, times measured here. None without a token.
+        generation: The engine's ``Generation`` of a finished answer.
     """
 
     text: str
@@ -87,7 +87,7 @@ class Answer:
 
 
 def shown_speculation(seen: Speculation) -> str:
-    """Summarizes drafting in a few words; acceptance is that of each step's first draft."""
+    """Summarizes drafting in a few words, with the acceptance of each step's first draft."""
     shown = f"{seen.tokens_per_step:.2f} tokens/step"
     return f"{shown}, acceptance {seen.acceptance[0]:.0%}" if seen.acceptance else shown
 
@@ -129,7 +129,7 @@ class PlainWriter:
 class TerminalWriter:
     """Writes text to a terminal, with a figure at the right edge of the current line.
 
-    A model does not get to move the cursor: control characters in its text are escaped.
+    Control characters in a model's text are escaped, so that it cannot move the cursor.
     """
 
     def __init__(self, out: TextIO) -> None:
@@ -163,7 +163,7 @@ class TerminalWriter:
         self._out.flush()
 
     def end(self) -> None:
-        """Wipes the figure and ends the line unless the text did."""
+        """Wipes the figure, and ends the line unless the text has ended it."""
         self.write("\n" if self._column else "", "")
 
 
@@ -173,7 +173,7 @@ def _on_screen(text: str) -> str:
 
 
 def writer_for(out: TextIO) -> Writer:
-    """Returns the writer that suits ``out``."""
+    """Returns the writer for ``out``."""
     terminal = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return TerminalWriter(out) if terminal else PlainWriter(out)
 
@@ -187,7 +187,7 @@ class _Silent:
 
 
 SILENT: Writer = _Silent()
-"""For answers that are printed as a whole."""
+"""The writer of answers that are printed as a whole: it writes nothing."""
 
 
 def relay(
@@ -197,14 +197,13 @@ def relay(
     *,
     start: str = "",
 ) -> Answer:
-    """Shows one answer while it comes.
+    """Shows one answer while it arrives.
 
     Args:
-        deltas: The pieces of the answer to one prompt; closed at the end, which cancels what has
-            not come yet.
+        deltas: The pieces of the answer to one prompt; closed at the end, which cancels the rest.
         writer: Receives its text.
-        stopped: Asked after every piece whether to stop there. KeyboardInterrupt stops too.
-        start: The beginning of the answer that the prompt has: shown before the first piece.
+        stopped: Called after every piece; returns whether to stop. KeyboardInterrupt stops too.
+        start: The beginning of the answer in the prompt, which is shown before the first piece.
     """
     start_s = time.perf_counter()
     first_s = last_s = 0.0

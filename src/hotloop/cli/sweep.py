@@ -1,4 +1,4 @@
-"""``hotloop sweep``: many configurations of one model, speed beside quality."""
+"""``hotloop sweep``: measures speed and quality of many configurations of a model."""
 
 from __future__ import annotations
 
@@ -201,13 +201,13 @@ def sweep(
 
 
 def results_name(model: str) -> str:
-    """Returns the name of a model as a folder's: that of its own folder or file."""
+    """Returns a model's name for a folder: the name of its own folder or file."""
     name = os.path.basename(os.path.abspath(model)) or model
     return file_name(name.removesuffix(".gguf"))
 
 
 def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) -> Recipe:
-    """Replaces the models and interpreters of a recipe by those of the command line."""
+    """Replaces a recipe's models and interpreters by those of the command line."""
     from hotloop.sweep.recipe import load_recipe, replace_models
 
     recipe = load_recipe(path)

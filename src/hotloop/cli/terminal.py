@@ -1,4 +1,4 @@
-"""Terminal input of a conversation: lines, Ctrl-C, and typing while an answer is generated."""
+"""Reads terminal input of a conversation: lines, Ctrl-C, and typing during an answer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _PASTES_MARKED, _PASTES_PLAIN = "\033[?2004h", "\033[?2004l"
 
 
 class CtrlC:
-    """Decides what Ctrl-C does, within the ``with`` block that it manages.
+    """Handles Ctrl-C within the ``with`` block.
 
     At the prompt it raises KeyboardInterrupt. While an answer is generated it sets a flag, which
-    ``relay`` reads between tokens, so that a step of the engine is not interrupted; pressed twice,
-    because no token comes, it raises KeyboardInterrupt. At other times it does nothing.
+    ``relay`` reads between tokens, so that a step of the engine is not interrupted; if Ctrl-C is
+    pressed twice, because no token arrives, it raises KeyboardInterrupt. At other times it does
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class CtrlC:
 
     @contextmanager
     def while_answering(self) -> Generator[Callable[[], bool]]:
-        """Yields a function: whether Ctrl-C was pressed since the last line was read."""
+        """Yields a function that returns whether Ctrl-C was pressed since the last line."""
         self._answering = True
         try:
             yield self._pressed.is_set
@@ -69,8 +70,8 @@ class CtrlC:
 def line_reader() -> Generator[ReadLine]:
     """Yields the function that reads a line: with editing in a terminal, else plainly.
 
-    In a terminal, pasted text of several lines is one line, and typing is not shown before the next
-    prompt.
+    In a terminal, pasted text of several lines counts as one line, and typing during an answer is
+    not shown before the next prompt.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield _read_plain_line
@@ -129,4 +130,4 @@ def _write_if(condition: bool, text: str) -> None:
 
 
 NO_CTRL_C = nullcontext(lambda: False)
-"""In place of ``CtrlC.while_answering`` where Ctrl-C is to end the program."""
+"""Replaces ``CtrlC.while_answering`` if Ctrl-C should end the program."""

@@ -159,7 +159,7 @@ def is_quantized_copy(name: str) -> bool:
 
 
 def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineConfig:
-    """Replaces the scheme ``auto`` by the stored scheme, if all matrices have the same.
+    """Replaces ``auto`` by the stored schemes, if the checkpoint is a copy or not quantized.
 
     Args:
         config: The configuration.
