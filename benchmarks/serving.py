@@ -14,7 +14,7 @@ Parts, each with a time limit; an engine runs all of them:
     alone  a served request and ``LLM.stream`` of the same engine, in alternation: TTFT, TPOT, ITL
 
 The client (``wire.py``) is this process, with uvloop's event loop as the server, which is another
-one, with what ``hotloop serve`` runs.
+one, with what ``hotloop serve`` runs; for ``alone`` it is a thread that waits in the socket.
 Prompts are random and new, so that no prefix of them is in the cache. Greedy, random weights, or
 those of ``--model``. A file under ``--out`` holds the raw samples of a part: a line that describes
 it, then a line for each request, in microseconds. Files of an earlier run remain in the tables;
@@ -45,7 +45,7 @@ import torch
 import uvloop
 from gpu import require_marks, table, write_between
 from multi_gpu import write_tiny
-from wire import Connection, Streamed, WireError, complete
+from wire import Connection, LoneConnection, Streamed, WireError, complete
 
 from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine.service import Service
@@ -428,10 +428,7 @@ async def alone(job: Job, engine: Engine) -> list[Sample]:
                 sample["generate_gaps_us"] = gaps
                 continue
             await engine.serve()
-            connection = await Connection.open(engine.url)
-            await complete(connection, engine.url, first, 2 * LONG_CHUNKS)
-            answer = await complete(connection, engine.url, served, job.new_tokens)
-            connection.close()
+            answer = await asyncio.to_thread(served_alone, job, engine.url, first, served)
             await engine.stop()
             sample |= as_sample(answer, answer.sent_s)
             sample["serve_tpot_ns"] = round(1e9 * answer.tpot_s)
@@ -440,6 +437,16 @@ async def alone(job: Job, engine: Engine) -> list[Sample]:
         if i:
             samples.append(sample)
     return samples
+
+
+def served_alone(job: Job, url: str, first: list[int], ids: list[int]) -> Streamed:
+    """Has a prompt answered, after a short answer to the first one of the connection."""
+    connection = LoneConnection(url, job.limit_s)
+    try:
+        connection.complete(url, first, 2 * LONG_CHUNKS)
+        return connection.complete(url, ids, job.new_tokens)
+    finally:
+        connection.close()
 
 
 RUNNERS = {"equal": equal, "load": load, "pause": pause, "alone": alone}

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import socket
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import wire
+from waiting import HANG_S
 from wire import Piece, WireError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,6 +84,37 @@ def test_pieces_have_the_time_of_their_last_byte():
 def test_what_is_no_whole_answer_is_an_error(bytes_, problem):
     with pytest.raises(WireError, match=problem):
         wire.streamed(0, [(0.0, bytes_)], 3)
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "problem"),
+    [
+        (HEAD + chunk([5]) + chunk([6, 7]) + DONE, None),
+        (b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: 4\r\n\r\nbusy", "429"),
+        (HEAD + chunk([5]), "the connection ended"),
+        (b"", "the connection ended"),
+    ],
+)
+def test_a_lone_client_reads_to_the_end_or_tells_why_not(bytes_, problem):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(bytes_)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        connection = wire.LoneConnection(url, HANG_S)
+        if problem is None:
+            assert connection.complete(url, [1, 2], 3).token_ids == (5, 6, 7)
+        else:
+            with pytest.raises(WireError, match=problem):
+                connection.complete(url, [1, 2], 3)
+        connection.close()
+        server.join()
 
 
 def test_total_speed_is_of_the_time_with_all_clients():

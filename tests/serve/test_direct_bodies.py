@@ -3,7 +3,6 @@
 A test stops the engine until a stream has begun, so that all of its pieces come after that.
 """
 
-import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -174,24 +173,32 @@ def test_what_the_socket_does_not_take_is_left_to_the_event_loop(pair):
     ours, theirs = pair
     transport = Transport(ours)
     body = DirectBody(transport)  # pyrefly: ignore
-    assert body.ready
-    assert body.write(b"abc")
+    assert body.write(lambda: "")
+    assert body.write(lambda: "abc")
     assert theirs.recv(100) == b"3\r\nabc\r\n"
-    large = os.urandom(2**22)
-    assert not body.write(large)
-    assert not body.ready
+    large = "x" * 2**22
+    assert not body.write(lambda: large)
+    body_waits(body)
     body.flush()
-    assert not body.ready, "the event loop has not written it yet"
+    body_waits(body)  # the event loop has not written it yet
     taken = b""
     while len(taken) < len(large) + 10 - len(transport.waiting):
         taken += theirs.recv(2**20)
-    assert taken + transport.waiting == b"400000\r\n" + large + b"\r\n"
+    assert taken + transport.waiting == b"400000\r\n" + large.encode() + b"\r\n"
     transport.waiting = b""
-    assert body.ready
-    assert body.n_bytes == 3 + len(large)
+    assert body.write(lambda: "é")
+    assert theirs.recv(100) == b"2\r\n\xc3\xa9\r\n"
+    assert body.n_bytes == 3 + len(large) + 2
     transport.closing = True
-    assert not body.ready
+    body_waits(body)
     body.close()
+
+
+def body_waits(body: DirectBody) -> None:
+    """Expects that it neither makes nor writes a part now."""
+    made = []
+    assert not body.write(lambda: made.append(1) or "more")
+    assert not made
 
 
 def test_a_connection_that_broke_is_left_to_the_event_loop(pair):
@@ -199,8 +206,8 @@ def test_a_connection_that_broke_is_left_to_the_event_loop(pair):
     transport = Transport(ours)
     body = DirectBody(transport)  # pyrefly: ignore
     theirs.close()
-    assert not body.write(b"abc")
-    assert not body.ready
+    assert not body.write(lambda: "abc")
+    body_waits(body)
     transport.closing = True  # as the event loop finds out
     body.flush()
     assert not transport.waiting

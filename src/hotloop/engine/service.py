@@ -118,20 +118,15 @@ class Ticket:
         """Whether everything has been taken, or the error of a failed request has been raised."""
         return not (self._n_open or self._pieces or self._error)
 
-    @property
-    def ending(self) -> bool:
-        """Whether nothing more will arrive: what has not been taken is the last of it."""
-        return self._all_put or self._error is not None
-
     def hand_over(self, pass_on: Callable[[], bool] | None) -> None:
         """Has pieces taken in the service's thread as they arrive.
 
         That takes a fraction of the time of waking another thread, which on a CPU the model lacks.
 
         Args:
-            pass_on: Takes what has arrived, and returns whether the client need not be woken.
-                Called in the service's thread, it must neither wait nor raise. None: the client
-                is always woken.
+            pass_on: Takes what has arrived, and returns whether the client need not be woken. It is
+                called in the service's thread, while more will arrive, and must neither wait nor
+                raise. None: the client is always woken.
         """
         self._pass_on = pass_on
 
@@ -505,12 +500,12 @@ class Service:
         Returns:
             Whether a client was woken.
         """
-        few = len(tickets) <= MAX_HANDED_OVER
-        events = [
-            ticket._event
-            for ticket in tickets
-            if not (few and (pass_on := ticket._pass_on) is not None and pass_on())
-        ]
+        few, events = len(tickets) <= MAX_HANDED_OVER, []
+        for ticket in tickets:
+            pass_on = ticket._pass_on
+            more_comes = ticket._n_open and ticket._error is None
+            if not (few and pass_on is not None and more_comes and pass_on()):
+                events.append(ticket._event)
         if not events:
             return False
         if self._loop is None:

@@ -233,7 +233,8 @@ class EventStream(Response):
         def arrived() -> str:
             text = ""
             for piece in ticket.take():
-                tally.add(delta := checked(piece))
+                delta = checked(piece)
+                tally.add(delta)
                 text += shape.events(delta, compact(usage(tally)) if continuous else "")
             return text
 
@@ -312,7 +313,7 @@ class _Body:
             make: Takes that, and makes the part of the stream.
         """
         self._direct = self._state[DIRECT_BODY]()
-        ticket.hand_over(partial(self._write_directly, ticket, make))
+        ticket.hand_over(partial(self._write_directly, make))
         try:
             yield
         finally:
@@ -324,22 +325,18 @@ class _Body:
                 direct.close()
                 self._state[DIRECT_BYTES] = direct.n_bytes
 
-    def _write_directly(self, ticket: Ticket, make: Callable[[], str]) -> bool:
+    def _write_directly(self, make: Callable[[], str]) -> bool:
         """Makes and sends a part of the stream in this thread, without waiting.
 
         Returns:
             Whether all is sent; else ``write`` is to be called in the event loop.
         """
-        if ticket.ending or not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return False
         try:
-            direct = self._direct
-            if direct is None or self._n_sending or self._fault or not direct.ready:
+            if self._direct is None or self._n_sending or self._fault is not None:
                 return False
-            if text := make():
-                self._since = time.monotonic()
-                return direct.write(text.encode())
-            return True
+            return self._direct.write(make)
         except Exception as error:
             self._fault = error
             return False
@@ -356,7 +353,8 @@ class _Body:
         ping_s, send_s = self._settings.ping_s, self._settings.send_s
         while True:
             await asyncio.sleep(min(ping_s, send_s) / 4)
-            quiet_s = time.monotonic() - self._since
+            wrote_s = self._direct.wrote_s if self._direct is not None else 0.0
+            quiet_s = time.monotonic() - max(self._since, wrote_s)
             if self._n_sending and quiet_s > send_s:
                 self._state[ABORT]()
                 return

@@ -174,7 +174,7 @@ class CompletionShape(ChunkShape):
             choice = self._choice(delta.index)
             if self._asked.echo:
                 events = self._event(delta.index, choice.echoed, choice.echoed_logprobs, usage)
-        logprobs = choice.logprobs(delta)
+        logprobs = choice.logprobs(delta) if delta.logprobs else None
         ids = delta.token_ids if self._asked.return_token_ids else ()
         if delta.text or logprobs is not None or ids:
             events += self._event(delta.index, delta.text, logprobs, usage, ids=ids)

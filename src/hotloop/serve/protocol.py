@@ -11,6 +11,8 @@ import json
 import os
 import secrets
 import sys
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import h11
@@ -43,6 +45,7 @@ class DirectBody:
 
     Attributes:
         n_bytes: Bytes of the body that were written.
+        wrote_s: When it last wrote, by ``time.monotonic``.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -51,20 +54,24 @@ class DirectBody:
         # then be another client's.
         self._fd = os.dup(transport.get_extra_info("socket").fileno())
         self._rest = b""
-        self.n_bytes = 0
+        self.n_bytes, self.wrote_s = 0, 0.0
 
-    @property
-    def ready(self) -> bool:
-        """Whether what is written now follows all that was written before."""
-        transport = self._transport
-        return not (self._rest or transport.is_closing() or transport.get_write_buffer_size())
+    def write(self, make: Callable[[], str]) -> bool:
+        """Writes a part without waiting, unless that would overtake what was written before.
 
-    def write(self, data: bytes) -> bool:
-        """Writes a part, which is not empty, without waiting; it must be ``ready``.
+        Args:
+            make: Makes the part, which may be empty; called only if it can be written now.
 
         Returns:
-            Whether that is done; else ``flush`` is to be called in the event loop.
+            Whether that is done; else ``flush`` is to be called in the event loop, and then
+            ``make`` for what it has not made yet.
         """
+        transport = self._transport
+        if self._rest or transport.get_write_buffer_size() or transport.is_closing():
+            return False
+        data = make().encode()
+        if not data:
+            return True
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
         try:
             n = os.write(self._fd, chunk)
@@ -72,6 +79,7 @@ class DirectBody:
             n = 0
         self._rest = chunk[n:]
         self.n_bytes += len(data)
+        self.wrote_s = time.monotonic()
         return not self._rest
 
     def flush(self) -> None:
