@@ -32,7 +32,7 @@ def opened(gate: Gate, server: HttpServer) -> None:
 
     def begun() -> bool:
         tickets = list(server.served.service._tickets.values())
-        connections = server._server.server_state.connections
+        connections = list(server._server.server_state.connections)
         unsent = sum(each.transport.get_write_buffer_size() for each in connections)
         return bool(tickets) and all(ticket._pass_on for ticket in tickets) and not unsent
 
