@@ -321,6 +321,34 @@ def test_chunks_are_replayed_at_the_captured_length_above_their_own(monkeypatch)
 
 
 @torch.inference_mode()
+def test_the_last_layer_of_a_prompt_computes_only_the_last_rows(monkeypatch):
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    model = Model(keys, "int4-g32", "int8", torch.bfloat16, fused=True)
+    prefill = GemmPrefill(model.decoder, model.cache, EmulatedDevice(), chunk=40, shared=False)
+    ids = torch.randint(128, (N_POSITIONS,), generator=torch.Generator().manual_seed(3))
+    chunks = (0, 40), (40, 56), (56, 71)  # of which the last one is too short
+    multiply, heights = torch.mm, []
+
+    def counted(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        heights.append(len(a))
+        return multiply(a, b, out=out)
+
+    def run(last_rows: int) -> tuple[Tensor, ...]:
+        heights.clear()
+        monkeypatch.setattr("hotloop.engine.gemm_prefill.LAST_ROWS", last_rows)
+        last = [prefill(ids[start:end], start, 1) for start, end in chunks]
+        return *last, *(tensor[1, :, :71].clone() for tensor in model.cache.layer(2))
+
+    monkeypatch.setattr(torch, "mm", counted)
+    expected = run(N_POSITIONS)
+    assert set(heights) == {40, 16, 15}
+    for found, wanted in zip(run(8), expected, strict=True):
+        # PyTorch's product of 8 rows on a CPU rounds otherwise than that of 40.
+        assert distance(found, wanted) < 0.02 * wanted.square().mean().sqrt()
+    assert heights.count(8) == 2 * 3, "o, gate and up, and down of two chunks"
+
+
+@torch.inference_mode()
 def test_what_is_not_a_number_stays_in_its_sequence_and_chooses_no_token():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model = Model(keys, "int8", "int8", torch.bfloat16, fused=True)

@@ -36,6 +36,10 @@ CAPTURED_TOKENS = 512
 CAPTURED_STEP = 64
 """Captured chunks are padded to a multiple of this many tokens."""
 
+LAST_ROWS = CAPTURED_STEP
+"""Rows of a chunk that the last layer computes, except for keys and values. The last token is one
+of them, whether padding follows it or not."""
+
 CUDNN_LENGTHS = (256, 512, 768, *range(1024, MOST_PREFILL_CHUNK + 1, 1024))
 """Token counts of first chunks that cuDNN attention is planned for. A plan takes some 60 ms, so
 first chunks are padded to one of these, and all are planned at warm-up."""
@@ -123,11 +127,14 @@ class GemmPrefill:
         self._seat.fill_(seat)
         self._start.fill_(start)
         graphs = self._captured_later if start else self._captured
+        rows = T
         if graphs and self.captures and start + graphs.padded(T) <= self._cache.n_positions:
             graphs.replay(ids_T)  # later tokens overwrite padding's positions in the cache
+            rows = int(graphs.padded(T))
         else:
             self._run(ids_T, start)
-        views, last = self._workspace.views(T), slice(T - 1, T)
+        views, at = self._workspace.views(T), T - 1 - (rows - _last_rows(rows))
+        last = slice(at, at + 1)
         down = self._reduced(self._blocks[-1].feed_forward.down_proj, views.part[last])
         return views.x[last] + down.with_scale_and_bias()
 
@@ -150,8 +157,12 @@ class GemmPrefill:
                 self._run(ids_T, 0)
 
     def _run(self, ids_T: Tensor, start: int) -> None:
-        """Runs tokens through the layers; the last layer's output remains to be added."""
-        T = len(ids_T)
+        """Runs tokens through the layers; the last layer's output remains to be added.
+
+        Of the last layer only the cache and the last token are used. So it computes ``_last_rows``
+        of the tokens, which become the first rows of the workspace.
+        """
+        T = rows = len(ids_T)
         views = self._workspace.views(T)
         views.x.copy_(self._decoder.embedding(ids_T))
         _, kv_heads, capacity, _ = self._cache.layer(0)[0].shape
@@ -162,11 +173,16 @@ class GemmPrefill:
             layer.input_norm(T)
             torch.mm(views.normalized, layer.qkv_proj(), out=views.qkv)
             layer.rope(T)
-            torch.mm(self._attend(i, T, start), layer.o_proj(), out=views.part)
+            if block is self._blocks[-1] and _last_rows(T) < T:
+                rows = _last_rows(T)
+                last_x, views = views.x[-rows:], self._workspace.views(rows)
+                views.x.copy_(last_x)
+                self._row_range[1:].fill_(rows)
+            torch.mm(self._attend(i, T, start, rows), layer.o_proj(), out=views.part)
             self._sum(block.attention.o_proj, views.part)
-            layer.post_attention_norm(T)
+            layer.post_attention_norm(rows)
             torch.mm(views.normalized, layer.gate_up_proj(), out=views.gate_up)
-            layer.swiglu(T)
+            layer.swiglu(rows)
             torch.mm(views.gated, layer.down_proj(), out=views.part)
             self._sum(block.feed_forward.down_proj, views.part)
 
@@ -180,14 +196,14 @@ class GemmPrefill:
         """Returns the output that ``_sum`` left: over several ranks it includes scale and bias."""
         return GemmOutput(y=y) if self._shared else _gemm_output(linear, y)
 
-    def _attend(self, i: int, T: int, start: int) -> Tensor:
-        """Computes attention [T, H * E].
+    def _attend(self, i: int, T: int, start: int, rows: int) -> Tensor:
+        """Computes attention [rows, H * E] of a chunk's last rows.
 
-        A first chunk attends to its own keys. Later chunks, and layers with a window, attend to the
-        seat in the cache, whose range of keys is read from the device.
+        All rows of a first chunk attend to its own keys. Later chunks, fewer rows, and layers with
+        a window attend to the seat in the cache, whose range of keys is read from the device.
         """
         layer, (keys, values) = self._blocks[i].attention, self._cache.layer(i)
-        q, *_ = self._heads(T, layer)
+        q = self._heads(T, layer)[0][T - rows :]
         if self._device.type != "cuda":
             first = int(self._start)
             out_BTHE = layer.kernel(
@@ -195,14 +211,14 @@ class GemmPrefill:
                 keys,
                 values,
                 self._seat,
-                torch.arange(first, first + T)[None],
+                torch.arange(first + T - rows, first + T)[None],
                 first_seat=int(self._seat),
                 length=first + T,
                 window=layer.window,
                 scale=layer.scale,
             )
-            return out_BTHE.reshape(T, -1)
-        if start > 0 or (layer.window is not None and layer.window < T):
+            return out_BTHE.reshape(rows, -1)
+        if start > 0 or rows < T or (layer.window is not None and layer.window < T):
             return self._attend_flash(
                 layer, q, _positions(keys), _positions(values), self._key_range
             )
@@ -327,6 +343,11 @@ class GemmPrefill:
 
     def _prepared(self, call: Call) -> PreparedLaunch:
         return self._launcher.prepare(call, dependent=False)
+
+
+def _last_rows(rows: int) -> int:
+    """Returns how many rows of a chunk the last layer computes: so few that they can be moved."""
+    return LAST_ROWS if rows >= 2 * LAST_ROWS else rows
 
 
 def _has_plain_rows(linear: Linear) -> bool:
