@@ -311,7 +311,7 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
     # Candidates for the best logit are those of other parts of the vocabulary.
     wanted = one.outputs[:1] if epilogue == "logits" else one.outputs
     for fewer, tiles, splits, ring_bytes in ((0, 2, 1, 0), (min(7, rows - 9), 1, 3, 1 << 20)):
-        wide = WideTuning(tiles=tiles, splits=splits, ring_bytes=ring_bytes)
+        wide = WideTuning(tiles=tiles, splits=splits, ring_bytes=ring_bytes, early_bytes=ring_bytes)
         many = case(slice(rows - fewer), wide)
         run(many)
         for alone, found in zip(wanted, many.outputs, strict=False):

@@ -36,7 +36,7 @@ struct LinearArgs {
   int part_stages;               // stages of a part, of wide.cu
   int stages, units_per_stage;   // of a ring
   int source_rows;               // of x, in shared memory at a time, where linear.cu gathers it
-  int early_stages;              // copies that a warp issues before it waits for x, of linear.cu
+  int early_stages;              // whose copies a warp issues before it waits for x
   int prefetch_n_tiles, prefetch_stride;  // tiles of that weight, and bytes per tile
   int prefetch_first, prefetch_step;  // block 0's first tile; tiles between two of a block's
   int prefetch_tiles;            // tiles per block

@@ -9,6 +9,7 @@ heads and the device.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from dataclasses import dataclass
@@ -78,6 +79,10 @@ steps of 32 and 64 rows are faster, and steps of 16 rows are not."""
 MAX_WIDE_ACCUMULATORS = 36
 """The most accumulators of a warp of ``wide.cu`` (16 features of an octet of rows each): those of
 all tiles and strands, and those of a group. With more, registers spill."""
+
+INT4_EARLY_BYTES = 16 * 1024
+"""Bytes of an int4 weight that a block of ``wide.cu`` issues before it waits for x. Of others it
+issues all for which its ring has room, since their steps wait for memory."""
 
 LOADED_BYTES = 24
 """Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
@@ -241,7 +246,8 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
     tiles = [n for n in (2, 1) if n <= max(1, most)]
     choices = itertools.product(tiles, range(1, parts + 1))
     tuning = (WideTuning(tiles=tiles, splits=splits) for tiles, splits in choices)
-    return min(tuning, key=lambda wide: wide_cycles(form, rows, parts, wide, limits))
+    best = min(tuning, key=lambda wide: wide_cycles(form, rows, parts, wide, limits))
+    return dataclasses.replace(best, early_bytes=INT4_EARLY_BYTES) if form.bits == 4 else best
 
 
 def wide_cycles(form: Format, rows: int, parts: int, wide: WideTuning, limits: Limits) -> float:

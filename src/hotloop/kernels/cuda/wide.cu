@@ -333,8 +333,9 @@ struct Wide : StageOf<Weight, kOctets> {
     return x_of(stage) + S::kBytes;
   }
 
-  // The warps that load share the tiles of a stage; the last one also has x. The ring's first
-  // weights are issued before the kernel that stores x has ended.
+  // The warps that load share the tiles of a stage; the last one also has x. The ring's first weights
+  // are issued before the kernel that stores x has ended: all of them where memory is what a step waits
+  // for, and else few, since memory serves copies in about the order in which they are issued.
 
   __device__ __forceinline__ void load(int loader) const {
     if (loader == 0 && lane == 0) {
@@ -350,18 +351,25 @@ struct Wide : StageOf<Weight, kOctets> {
     const bool has_x = loader == kLoaders - 1;
     const uint64_t policy = evict_first_policy();
     Cursor at = first_stage();
-    for (int i = 0; i < args.stages && exists(at); i++, advance(at))
-      copy_weights(at, i, loader, policy);
+    int filling = 0;  // stages whose weights are issued; in the ring's first round
+    for (; filling < args.early_stages && exists(at); filling++, advance(at))
+      copy_weights(at, filling, loader, policy);
     launch_dependents();
     wait_for_predecessor();
     if (has_x) {
-      at = first_stage();
-      for (int i = 0; i < args.stages && exists(at); i++, advance(at)) copy_x(at, i);
+      Cursor early = first_stage();
+      for (int i = 0; i < filling; i++, advance(early)) copy_x(early, i);
     }
-    for (Stage stage; exists(at); advance(at), advance(stage)) {
-      barrier_wait(emptied + stage.index, stage.parity);
-      copy_weights(at, stage.index, loader, policy);
-      if (has_x) copy_x(at, stage.index);
+    Stage stage;
+    for (; exists(at); advance(at)) {
+      const bool first_round = filling < args.stages;
+      const int to = first_round ? filling++ : stage.index;
+      if (!first_round) {
+        barrier_wait(emptied + stage.index, stage.parity);
+        advance(stage);
+      }
+      copy_weights(at, to, loader, policy);
+      if (has_x) copy_x(at, to);
     }
   }
 
@@ -672,9 +680,9 @@ struct Wide : StageOf<Weight, kOctets> {
 
   // The epilogue.
 
-  // Octets whose epilogue is computed together: one hides the latency of the others, unless they are
-  // shared.
-  static constexpr int kAtOnce = kSharesSums ? 1 : kOctets < 4 ? kOctets : 4;
+  // Octets whose epilogue is computed together: one hides the latency of the others. Of those that are
+  // shared a warp has about two.
+  static constexpr int kAtOnce = kSharesSums ? 2 : kOctets < 4 ? kOctets : 4;
 
   // share: of kAtOnce octets of a tile each.
   __device__ __forceinline__ void run_epilogue(int tile, Share share) const {

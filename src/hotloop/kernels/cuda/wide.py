@@ -45,11 +45,13 @@ class WideTuning:
         tiles: Tiles of each warp, 1 or 2.
         splits: Blocks that share K; at most as many as it has parts.
         ring_bytes: The most shared memory of a block for copies in flight.
+        early_bytes: Bytes of weights that a block issues before it waits for x, in whole stages.
     """
 
     tiles: int = 1
     splits: int = 1
     ring_bytes: int = 1 << 20
+    early_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,8 @@ class WidePlan(GemmPlan):
         """The kernel arguments that divide the ring, and K among blocks."""
         ring = {"stages": self.stages, "units_per_stage": stage_units(self.form)}
         split = {"splits": self.wide.splits, "part_stages": self.part_stages}
-        return {**split, **ring, "source_rows": 0, "early_stages": 0}
+        early = max(1, min(self.stages, self.wide.early_bytes // self._weight_bytes))
+        return {**split, **ring, "source_rows": 0, "early_stages": early}
 
     @property
     def part_stages(self) -> int:
@@ -248,8 +251,12 @@ class WidePlan(GemmPlan):
     @property
     def _stage_bytes(self) -> int:
         """``kStageBytes`` of ``wide.cu``: x and weights."""
-        weights = WARPS * self.wide.tiles * stage_units(self.form) * self.form.unit_bytes
-        return -(-(self._x_bytes + weights) // 1024) * 1024
+        return -(-(self._x_bytes + self._weight_bytes) // 1024) * 1024
+
+    @property
+    def _weight_bytes(self) -> int:
+        """Bytes of weights in a stage."""
+        return WARPS * self.wide.tiles * stage_units(self.form) * self.form.unit_bytes
 
     @property
     def _barrier_bytes(self) -> int:
