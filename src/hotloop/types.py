@@ -322,8 +322,8 @@ class EngineConfig:
     assume_acceptance: Annotated[
         Annotated[float, Range(0, 1)] | None,
         Lever(
-            help="With random weights: keep each draft with this probability, whatever it is, to "
-            "time what such an acceptance would give. Tables say that it is assumed.",
+            help="With random weights: accept each draft with this probability, to time such an "
+            "acceptance. Tables mark it as assumed.",
             group="Speculation",
             default="drafts are verified",
             used=_drafts,
@@ -344,7 +344,7 @@ class EngineConfig:
             help="Tokens that a sequence can hold, prompt and answer together.",
             group="Execution",
             default="the model's context, limited to 1 GiB of KV cache but to no less than 4,096 "
-            "tokens; in bench, eval and sweep the length of what is measured",
+            "tokens; in bench, eval and sweep the length that the measurement needs",
         ),
     ] = None
     prefill_chunk: Annotated[
@@ -358,8 +358,8 @@ class EngineConfig:
     cache_packed: Annotated[
         bool,
         Lever(
-            help="Keep the packed weights in the cache folder: the next start reads them as they "
-            "are used, and not the checkpoint.",
+            help="Keep the packed weights in the cache folder: the next start reads them, and not "
+            "the checkpoint.",
             group="Model",
             used=_has_checkpoint,
         ),

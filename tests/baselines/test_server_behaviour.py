@@ -126,8 +126,8 @@ def test_the_command_prints_it(capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["model", "--endpoint", "http://x/v1"], "the server has chosen model itself"),
-        (["--endpoint", "http://x/v1", "--quant", "int8"], "the server has chosen quant itself"),
+        (["model", "--endpoint", "http://x/v1"], "the server decides model"),
+        (["--endpoint", "http://x/v1", "--quant", "int8"], "the server decides quant"),
         (["--endpoint", "http://x/v1", "--batch", "2"], "--batch"),
         (["--against", "http://x/v1"], "--endpoint"),
         (["--endpoint", "nowhere"], "none of a server"),

@@ -128,7 +128,7 @@ def test_eval_prints_the_remarks_and_notes_of_a_table(jobs, monkeypatch, capsys)
     assert main(["eval", "m", "--quant", "int8", "--execution", "eager"]) == 0
     out = capsys.readouterr().out
     assert "[1] 210 matrices are dequantized." in out.splitlines()
-    assert "The reference has the weights as they are stored, which are quantized" in out
+    assert "The reference's weights are quantized, as they are stored" in out
     assert "TTFT" not in out
     assert len(jobs) == 1
 

@@ -42,7 +42,7 @@ def test_a_verdict_has_columns_with_what_a_pass_would_take():
     assert "0.5% (limit " in text
     assert "underpowered [1]" in text
     assert "[1] underpowered: needs" in text
-    assert "Verdict: over 200 items of arc" in text
+    assert "is the share of 200 items of arc" in text
 
 
 def test_a_pass_that_does_not_survive_the_choice_is_told():

@@ -51,7 +51,7 @@ def bench(
         option(
             SERVER,
             "Instead of MODEL: the URL of an OpenAI-compatible server, such as "
-            "http://localhost:8000/v1; #NAME behind it chooses one of several models. The variable "
+            "http://localhost:8000/v1; #NAME after it chooses one of several models. The variable "
             "HOTLOOP_ENDPOINT_KEY holds its key.",
         ),
     ] = None,
@@ -65,7 +65,7 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Time one configuration, or find out how a server behaves.
+    """Time one configuration, or measure how a server behaves.
 
     --json prints the record, as a sweep writes it. hotloop eval measures quality,
     and hotloop sweep compares configurations. For a server, it measures the time to
@@ -83,10 +83,10 @@ def bench(
     if endpoint is not None:
         others = [*engine.given(), *weights.given(), *["model"] * (model is not None)]
         if others:
-            raise ConfigError(f"--endpoint: the server has chosen {others[0]} itself.")
+            raise ConfigError(f"--endpoint: the server decides {others[0]}: leave it out.")
         return _find_out(endpoint, against, workload, json=json)
     if against is not None:
-        raise ConfigError("--against: it is compared with the server of --endpoint.")
+        raise ConfigError("--against is compared with a server: add --endpoint.")
     note_cache()
     recipe = recipe_from_flags(
         weights.model(model),
@@ -129,7 +129,7 @@ def _find_out(url: str, against: str | None, options: WorkloadOptions, *, json: 
         return 0
     print_pairs(_shown(behaviour))
     if behaviour.refused_fields:
-        note(f"The server does not take: {', '.join(behaviour.refused_fields)}.")
+        note(f"The server refuses these fields: {', '.join(behaviour.refused_fields)}.")
     return 0
 
 

@@ -93,10 +93,10 @@ def compare(
     """Tell whether one measurement is slower or worse than another.
 
     Speed, perplexity and answers to tasks are compared, as far as both have them.
-    Cells are matched by configuration, or by name; two of one cell each are
-    compared as they are. A verdict is shown by an interval or not given: the exit
-    code is 0 for no worse, 1 for worse, and 2 for undecided, as it is for an
-    invalid command line.
+    Cells are matched by configuration, or by name; two sets of one cell each are
+    compared whatever their configurations. A verdict must be shown by an interval:
+    the exit code is 0 for no worse, 1 for worse, and 2 for undecided. An invalid
+    command line ends with 2 as well.
     """
     from hotloop.report.compare import EXIT_CODES, read_set
     from hotloop.report.compare import compare as compare_sets

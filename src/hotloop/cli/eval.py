@@ -39,14 +39,14 @@ def evaluate(
     engine: EngineOptions = DEFAULT_ENGINE,
     quality: QualityOptions = DEFAULT_QUALITY,
     no_reference: Annotated[
-        bool, option(QUALITY, "Perplexity alone, compared with nothing.")
+        bool, option(QUALITY, "Only perplexity, without a comparison.")
     ] = False,
     json: Json = False,
 ) -> int:
     """Score one configuration: perplexity, tasks, and the loss by quantization.
 
-    It is compared with the unquantized model in the same element type, which is
-    scored first, on the same windows of text and the same tasks, and kept for later.
+    The reference is the unquantized model in the same element type. It is scored
+    first, on the same windows of text and the same tasks, and stored for later.
     Where the model's file is quantized, the comparison is with its weights as they
     are stored, unless --reference names an unquantized model; --against names any
     other. With --tasks there is a verdict on accuracy: pass, fail, or underpowered.

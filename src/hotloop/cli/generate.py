@@ -63,7 +63,7 @@ def generate(
         option(
             PROMPT,
             "With --chat: the beginning of the answer, which the model continues. It is printed "
-            "before the rest; --json has the rest alone.",
+            "before the rest; --json has only the rest.",
         ),
     ] = None,
     special: Annotated[
@@ -77,9 +77,9 @@ def generate(
     """Continue a prompt.
 
     The text streams to standard output; its figures follow on standard error.
-    Without --max-new-tokens, it ends after as many tokens as the model's makers
-    suggest, or 256, or where the context is full.
-    With --n, answers follow one another; with --json, one object a line.
+    Without --max-new-tokens, the answer ends after as many tokens as the model's
+    generation config suggests, or after 256, or when the context is full.
+    With --n, answers follow one another; with --json, one object per line.
     """
     sampling.check(json=json)
     if chat and special:

@@ -405,7 +405,9 @@ class SamplingOptions(_Options):
         float | None,
         option(SAMPLING, "0 takes the most likely token, always.", "the model's own, or 0"),
     ] = None
-    top_k: Annotated[int | None, integer(SAMPLING, "Keep the k most likely tokens; 0: all.")] = None
+    top_k: Annotated[
+        int | None, integer(SAMPLING, "Keep the k most likely tokens; 0 keeps all.")
+    ] = None
     top_p: Annotated[
         float | None, option(SAMPLING, "Keep the fewest tokens whose probabilities reach this sum.")
     ] = None
@@ -418,11 +420,11 @@ class SamplingOptions(_Options):
     ] = None
     presence_penalty: Annotated[
         float | None,
-        option(SAMPLING, "Is subtracted from the logits of tokens that are in the answer."),
+        option(SAMPLING, "Subtracted from the logits of tokens that are in the answer."),
     ] = None
     frequency_penalty: Annotated[
         float | None,
-        option(SAMPLING, "Is subtracted from them once for each time that they are in it."),
+        option(SAMPLING, "Subtracted from a token's logit for each time that it is in the answer."),
     ] = None
     logit_bias: Annotated[
         tuple[str, ...],
@@ -537,13 +539,13 @@ class QualityOptions(_Options):
         option(QUALITY, "A UTF-8 text to predict.", "the help topics that come with Python"),
     ] = None
     window: Annotated[int, integer(QUALITY, "Tokens in a window of the text.")] = 512
-    n_windows: Annotated[int, integer(QUALITY, "Windows to score, at most.")] = 16
+    n_windows: Annotated[int, integer(QUALITY, "The most windows to score.")] = 16
     reference: Annotated[
         str | None,
         option(
             QUALITY,
             "The unquantized model to compare with.",
-            "the model itself, or what a quantized copy was made from",
+            "the model itself, or the source of a quantized copy",
         ),
     ] = None
 
@@ -551,7 +553,7 @@ class QualityOptions(_Options):
         str | None,
         option(
             QUALITY,
-            "Compare with this model instead, as it is stored: any of the same vocabulary.",
+            "Compare with this model instead, as it is stored; its vocabulary must be the same.",
         ),
     ] = None
     tasks: Annotated[
@@ -559,12 +561,12 @@ class QualityOptions(_Options):
         option(
             QUALITY,
             "Tasks to answer, separated by commas: topics, which needs no file; a .jsonl file; "
-            "lm-eval:NAME. Their verdict is on accuracy.",
+            "lm-eval:NAME. They give a verdict on accuracy.",
             "none",
         ),
     ] = None
     n_items: Annotated[
-        int, integer(QUALITY, "Items of each task to answer, at most; 0: all.", alias="--items")
+        int, integer(QUALITY, "The most items of each task to answer; 0 for all.", alias="--items")
     ] = 200
     protocols: Annotated[
         str,

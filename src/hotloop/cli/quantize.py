@@ -23,17 +23,17 @@ Examples:
 _SCHEMES = (
     "Weight quantization: int8, int8-gN (N 32, 64 or 128), fp8, int4 (that is int4-g128), int4-gN, "
     "int4-gN-asym (with offsets), or int4-gN-zp (with zero points); -cal after one of int4, such "
-    "as int4-g64-cal, fits its scales to the activations of the model. none quantizes the head "
-    "alone."
+    "as int4-g64-cal, fits its scales to the activations of the model. none quantizes only the "
+    "head."
 )
 
 _HEADS = (
     "Quantization of the output head, and of an embedding tied to it. auto is int8, or none in "
-    "compressed-tensors, which holds no other."
+    "compressed-tensors, which supports no other."
 )
 _CALIBRATION = (
-    "A text of which a -cal scheme takes the activations: UTF-8, of the kind that the model will "
-    "read, and none that its quality is measured on."
+    "A UTF-8 text whose activations a -cal scheme uses: similar to texts that the model will read, "
+    "but not the text on which its quality is measured."
 )
 _FORMATS = (
     "hotloop's own, or compressed-tensors, which vLLM and transformers load, too: int8, "
@@ -55,8 +55,8 @@ def quantize(
 ) -> int:
     """Write a quantized copy of a model.
 
-    It loads bit for bit as quantizing on load does, and faster. One tensor is in
-    memory at a time; to calibrate scales, one layer in float32.
+    Loading the copy gives the same bits as quantizing on load, and is faster. One
+    tensor is in memory at a time; to calibrate scales, one layer in float32.
     """
     from hotloop.weights.hub import resolve_model
     from hotloop.weights.quantize import quantize_checkpoint

@@ -40,11 +40,11 @@ def report(
     ],
     layout: Annotated[
         Literal["full", "reference"],
-        option(OUTPUT, "Every figure; or configurations and tokens/s, a table per model."),
+        option(OUTPUT, "full has every figure; reference has tokens/s, in a table per model."),
     ] = "full",
     form: Annotated[
         Literal["table", "markdown", "csv", "json"],
-        option(OUTPUT, "json is the records themselves, one a line.", name="--format"),
+        option(OUTPUT, "json prints the records themselves, one per line.", name="--format"),
     ] = "table",
     html: Annotated[
         bool,

@@ -68,8 +68,8 @@ class ServerOptions:
         Path | None,
         option(
             SERVER,
-            f"A file of API keys, one a line, one of which a request must have. {API_KEY} in the "
-            "environment is one more.",
+            "A file of API keys, one per line; a request must have one of them. The variable "
+            f"{API_KEY} can hold another key.",
             "no keys",
         ),
     ] = None
@@ -77,7 +77,7 @@ class ServerOptions:
         tuple[str, ...],
         option(
             SERVER,
-            "A host name that requests may be for. Can be repeated.",
+            "A host name that requests may be sent to. Can be repeated.",
             "on a loopback address its names, else any",
         ),
     ] = ()
@@ -94,19 +94,19 @@ class ServerOptions:
         str,
         option(
             SERVER,
-            "Format of the model's calls of tools: hermes (Qwen's, too), llama3 or mistral. auto "
-            "goes by the chat template and the vocabulary.",
+            "Format of the model's tool calls: hermes (also for Qwen), llama3 or mistral. auto "
+            "decides by the chat template and the vocabulary.",
         ),
     ] = "auto"
     max_queued: Annotated[
-        int, integer(SERVER, "Most answers that wait for a place before requests are refused.")
+        int, integer(SERVER, "The most answers that may wait; further requests are refused.")
     ] = 64
     drain_s: Annotated[
-        float, option(SERVER, "Seconds that running requests have when the server is stopped.")
+        float, option(SERVER, "Seconds that running requests may take after the server is stopped.")
     ] = 30.0
     access_log: Annotated[
         bool,
-        option(SERVER, "Print a line about each request, without anything of prompts and answers."),
+        option(SERVER, "Print a line for each request, without any part of prompts and answers."),
     ] = False
 
     def settings(self, model: str, template: TemplateOptions) -> ServerSettings:

@@ -226,5 +226,5 @@ def _remarks(records: Sequence[Record]) -> list[str]:
             "included, which is what gpt-fast prints."
         )
     if has_random_weights(records[0]):
-        remarks.append("Random weights show speed and fit, and nothing of quality.")
+        remarks.append("Random weights show speed and fit, but not quality.")
     return remarks

@@ -70,16 +70,17 @@ def remarks(records: Sequence[Record]) -> list[str]:
     if floors:
         said.append(
             "The floor of KL, the reference against itself in windows of another length, is "
-            f"{divergence(max(floors))}: below that there is nothing to see."
+            f"{divergence(max(floors))}: differences below it mean nothing."
         )
     if verdicts := [verdict for record in records if (verdict := record.verdict) is not None]:
         tasks = ", ".join(dict.fromkeys(task for v in verdicts for task in v.tasks))
         margin = max(verdict.margin for verdict in verdicts)
         said.append(
-            f"Verdict: over {verdicts[0].n} items of {tasks}, the share that the reference has "
-            "right and this has not, less the reverse, with its one-sided 95% upper limit. pass: "
-            f"a loss of {100 * margin:.2f}% (1% of the reference's accuracy) is ruled out; fail: "
-            "the loss is shown to be larger; underpowered: neither, with so few items."
+            f"Verdict: accuracy lost is the share of {verdicts[0].n} items of {tasks} that only "
+            "the reference has right, less the share that only this configuration has right; the "
+            "limit is its one-sided 95% upper limit. pass: a loss of "
+            f"{100 * margin:.2f}% (1% of the reference's accuracy) is ruled out; fail: "
+            "the loss is shown to be larger; underpowered: too few items to show either."
         )
     at_chance = {task.task for record in records for task in record.tasks if task.at_chance}
     if at_chance:

@@ -179,13 +179,13 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
         )
     if any(map(_is_batched, measured)):
         remarks.append(
-            "These are of one sequence of the batch; total, of all together: their tokens over the "
-            "time to the last one."
+            "These figures are for one sequence of the batch. total: the tokens of all sequences "
+            "over the time to the last token."
         )
     if drafted := [record for record in measured if record.speculation]:
         remarks.append(
-            "Speculation: tokens that a step gave; acceptance, the share of steps' first drafts "
-            "that was kept. Both depend on the text, here on answers to random tokens."
+            "Speculation: tokens per step; acceptance, the share of first drafts that were "
+            "accepted. Both depend on the text, here on answers to random tokens."
         )
         remarks += [RANDOM_ACCEPTANCE] * any(map(has_random_acceptance, drafted))
     if any(record.delta_ln_ppl for record in measured):
@@ -196,9 +196,8 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     remarks += quality_remarks(measured)
     if any(r.delta_ln_ppl and _is_its_own_quantized_reference(r) for r in measured):
         remarks.append(
-            "The reference has the weights as they are stored, which are quantized: the loss of "
-            "that quantization is not in these figures. --reference names an unquantized model to "
-            "compare with."
+            "The reference's weights are quantized, as they are stored: these figures do not "
+            "include the loss by that quantization. --reference names an unquantized model."
         )
     return remarks
 
