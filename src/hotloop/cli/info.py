@@ -15,12 +15,14 @@ from hotloop.cache import writable_cache_dir
 from hotloop.cli.engine import note_cache
 from hotloop.cli.options import DEFAULT_FIT, MODEL, FitOptions, Json, listed, option
 from hotloop.cli.output import (
+    announce,
     long_step,
     print_json,
     print_memory,
     print_pairs,
     print_rich,
     print_text,
+    spinner,
 )
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.types import NESTED_DRAFTER, EngineConfig, drafters
@@ -82,7 +84,7 @@ def info(
         about = machine()
         print_json(about) if json else _show_machine(about)
     else:
-        with long_step(f"{model}: forecasting its memory{_BUILT}"):
+        with spinner(_forecasting(model)):
             from hotloop.models.shapes import SHAPES
             from hotloop.quant import parse_scheme
 
@@ -98,6 +100,10 @@ def info(
 
 
 _BUILT = " (the first time, this builds the CPU kernels)"
+
+
+def _forecasting(model: str) -> str:
+    return f"{model}: forecasting its memory{_BUILT}"
 
 
 def machine() -> dict[str, Any]:
@@ -164,6 +170,7 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
         if config.tensor_parallel == 1:
             raise
         setup = prepare(replace(as_stored, tensor_parallel=1))
+    announce(_forecasting(config.model))
     stored, formats = None, []
     if setup.path is not None:
         with closing(setup.open()) as checkpoint:

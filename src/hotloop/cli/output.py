@@ -214,10 +214,15 @@ def spinner(label: str) -> Generator[Callable[[str], None]]:
 @contextmanager
 def long_step(label: str) -> Generator[None]:
     """Announces a long step on stderr: by a spinner, or by a line if it is no terminal."""
-    if not stderr().is_terminal:
-        note(f"{label} …")
+    announce(label)
     with spinner(label):
         yield
+
+
+def announce(label: str) -> None:
+    """Prints the line of a long step if stderr, being no terminal, shows no spinner."""
+    if not stderr().is_terminal:
+        note(f"{label} …")
 
 
 @contextmanager
