@@ -370,6 +370,33 @@ def test_closing_gives_the_memory_back(large: Path) -> None:
     assert torch.cuda.memory_allocated() - before < weight_bytes / 2  # cuBLAS keeps a workspace
 
 
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32"])
+def test_windows_scored_together_have_the_bits_of_each_alone(make: Make, quant: str) -> None:
+    question = list(range(2, 40))
+    windows = [*([*question, answer, 5] for answer in (40, 41, 42, 43)), [260, 3] * 40, [7, 8]]
+    with make(quant=quant, max_seq_len=96) as llm:
+        alone = [next(llm.score([window], full=True)) for window in windows]
+    with make(quant=quant, max_seq_len=96, max_batch_size=6) as llm:
+        for full in (False, True):
+            for score, expected in zip(llm.score(windows, full=full), alone, strict=True):
+                assert score.token_logprobs.equal(expected.token_logprobs)
+                assert score.top1.equal(expected.top1)
+                assert not full or score.log_probs.equal(expected.log_probs)
+
+
+def test_windows_scored_together_by_cublas_have_the_scores_of_each_alone(
+    families: dict[str, Path],
+) -> None:
+    options: dict[str, Any] = {"device": "cuda", "execution": "eager", "max_seq_len": 96}
+    model = str(families["LlamaForCausalLM"])
+    windows = [[*range(2, 40), answer, 5] for answer in (40, 41, 42, 43)] + [[7, 8], [260, 3] * 40]
+    with LLM(model, **options) as llm:
+        alone = [next(llm.score([window])).token_logprobs for window in windows]
+    with LLM(model, max_batch_size=6, **options) as llm:
+        for score, expected in zip(llm.score(windows), alone, strict=True):
+            torch.testing.assert_close(score.token_logprobs, expected, atol=0.1, rtol=0)
+
+
 # A model that was trained.
 
 
