@@ -5,6 +5,7 @@ and the model's predictions are compared with its own: mean KL divergence and ho
 likely token is the same. Weights of the squared errors are ones, mean squares of activations on
 random tokens as ``-cal`` takes them, or on text. The text that is predicted is the default one of
 ``hotloop eval``; text to calibrate with is CPython's ``argparse``, or a file. Deterministic.
+With ``--by-matrix`` the scales of one matrix of each layer are calibrated, or of all but one.
 
     python benchmarks/calibrated_scales.py --out benchmarks/results/NAME.json
 """
@@ -80,27 +81,37 @@ class Trial:
         with closing(open_checkpoint(resolve_model(model))) as checkpoint:
             return importance(checkpoint, self.config, CPU, ids_BT)
 
-    def measure(self, group_size: int, squares: Mapping[str, Tensor] | None) -> dict[str, float]:
-        """Quantizes all matrices and compares predictions; None takes the plain scale."""
+    def of(self, matrices: set[str], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the activations of these matrices of each layer."""
+        parts = (parts for (_, name), parts in self.parts.items() if name in matrices)
+        return {part: squares[part] for each in parts for part in each}
+
+    def measure(self, group_size: int, squares: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Quantizes all matrices, with plain scales where there are no activations; compares."""
         began_s, scheme = time.process_time(), Int4(group_size=group_size, calibrated=True)
         for key, (part, *_) in self.parts.items():
-            weights = None if squares is None else squares[part]
-            quantized = scheme.quantize(self.weights[key], importance=weights)
+            quantized = scheme.quantize(self.weights[key], importance=squares.get(part))
             self.packed(key).copy_(quantized.dequantize())
         quantize_s = time.process_time() - began_s
-        divergences, same, losses = [], [], []
+        divergences, same, losses, increases = [], [], [], []
         for ids, expected in zip(self.windows, self.expected, strict=True):
             found = self.predict(ids)
             divergences.append((expected.exp() * (expected - found)).sum(dim=-1).mean())
             same.append((expected.argmax(dim=-1) == found.argmax(dim=-1)).float().mean())
-            losses.append(-found[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean())
-        kl, top1, loss = (float(torch.stack(each).mean()) for each in (divergences, same, losses))
+            labels = torch.tensor(ids[1:])[:, None]
+            losses.append(-found[:-1].gather(1, labels).mean())
+            increases.append(losses[-1] + expected[:-1].gather(1, labels).mean())
+        kl, top1, loss, increase = (
+            float(torch.stack(each).mean()) for each in (divergences, same, losses, increases)
+        )
         return {
             "kl": kl,
             "same_top1": top1,
             "ppl": math.exp(loss),
+            "delta_ln_ppl": increase,
             "quantize_processor_s": quantize_s,
             "kl_of_windows": [float(each) for each in divergences],
+            "delta_ln_ppl_of_windows": [float(each) for each in increases],
         }
 
 
@@ -111,6 +122,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--text", type=Path, default=Path(argparse.__file__))
     parser.add_argument("--text-windows", type=int, default=2)
+    parser.add_argument("--by-matrix", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     with torch.inference_mode():
@@ -131,21 +143,28 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     trial = Trial(args.model, args.windows)
-    text = take_windows(trial.llm.encode, args.text.read_text(), WINDOW, args.text_windows)
     by_random = trial.activations(args.model, None)
-    weights = {
-        "none": None,
-        "ones": {name: torch.ones_like(squares) for name, squares in by_random.items()},
-        "random tokens": by_random,
-        "text": trial.activations(args.model, torch.tensor(text)),
-    }
+    weights: dict[str, Mapping[str, Tensor]] = {"none": {}}
+    if args.by_matrix:
+        weights["all"] = by_random
+        every = {name for _, name in trial.parts}
+        for name in sorted(every):
+            weights[f"only {name}"] = trial.of({name}, by_random)
+            weights[f"all but {name}"] = trial.of(every - {name}, by_random)
+    else:
+        text = take_windows(trial.llm.encode, args.text.read_text(), WINDOW, args.text_windows)
+        weights |= {
+            "ones": {name: torch.ones_like(squares) for name, squares in by_random.items()},
+            "random tokens": by_random,
+            "text": trial.activations(args.model, torch.tensor(text)),
+        }
     rows = []
     for group_size in args.groups:
         for label, squares in weights.items():
             row = {"group_size": group_size, "weights": label}
             rows.append(row | trial.measure(group_size, squares))
             told = "KL {kl:.4f}  same top-1 {same_top1:.1%}  ppl {ppl:.2f}".format(**rows[-1])
-            print(f"g{group_size:<4} {label:14} {told}", flush=True)
+            print(f"g{group_size:<4} {label:20} {told}", flush=True)
     return rows
 
 
