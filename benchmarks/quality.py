@@ -37,8 +37,8 @@ SCHEMES = (
 
 FACTS = Path(__file__).parents[1] / "recipes/facts.jsonl"
 
-HEAD = ("scheme", "ppl", "Δ ln ppl", "mean KL", "99 % of KL", "same top-1", "facts",
-        "worse / better", "verdict")  # fmt: skip
+HEAD = ("scheme", "ppl", "Δ ln ppl ± SE", "mean KL", "KL, 99 % quantile", "same top-1",
+        "facts", "worse / better", "verdict")  # fmt: skip
 
 
 def command(model: str, scheme: str, *, window: int, windows: int, items: int) -> list[str]:

@@ -5,7 +5,7 @@
 Parts, each with a time limit; an engine runs all of them:
 
     equal  32 requests at once get the tokens that each gets alone; fails if one does not
-    load   time to the first token (TTFT), time between pieces (ITL), and tok/s in total, of 1 to 32
+    load   time to the first token (TTFT), time between pieces (ITL), and tok/s, of 1 to 32
            clients, with prompts of 512 token ids and 256 new tokens. A client pauses before each
            request, for a random time of an exponential distribution: arrivals are those of a
            Poisson process whose rate is in proportion to the clients that are not waiting
@@ -490,7 +490,8 @@ def make_tables(out: Path) -> str:
 def load_table(found: Iterable[Sequence[Sample]]) -> str:
     """Makes the table of ``load``: a row for each number of clients."""
     head = ("model", "scheme", "clients", "requests", "TTFT p50 (ms)", "TTFT p99 (ms)",
-            "ITL p50 (ms)", "ITL p99 (ms)", "tokens per piece", "tok/s in total")  # fmt: skip
+            "ITL p50 (ms)", "ITL p99 (ms)", "tokens per piece",
+            "tok/s, pauses included")  # fmt: skip
     rows = []
     for header, *samples in found:
         for n in dict.fromkeys(sample["clients"] for sample in samples):
@@ -513,9 +514,9 @@ def load_table(found: Iterable[Sequence[Sample]]) -> str:
 
 
 def tok_s(samples: Iterable[Sample]) -> float:
-    """Returns tokens per second in total, from the first request to the sending of the last.
+    """Returns tokens per second of all clients, from the first request to the sending of the last.
 
-    After that there are fewer clients than are named.
+    The clients' pauses are part of that time. After it there are fewer clients than are named.
     """
     arrivals, sent = [], []
     for sample in samples:

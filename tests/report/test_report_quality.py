@@ -39,7 +39,7 @@ def test_a_verdict_has_columns_with_what_a_pass_would_take():
     table = make_table([record(verdict=verdict(3, 2, 200)), record("int4-g64")])
     text = to_markdown(table)
     assert "accuracy lost" in text
-    assert "0.5% (limit " in text
+    assert "0.5% (at most " in text
     assert "underpowered [1]" in text
     assert "[1] underpowered: needs" in text
     assert "is the share of 200 items of arc" in text
@@ -86,10 +86,10 @@ def test_few_windows_the_floor_and_tasks_at_chance_are_told():
 def test_generated_tokens_that_scoring_would_not_choose_are_told():
     off = GreedyFigures(draft="ngram-4", agreement=mean_figure([0.9, 1.0]), gap_max=0.25)
     exact = off.model_copy(update={"agreement": mean_figure([1.0, 1.0]), "gap_max": 0.0})
-    (line,) = [t for t in make_table([record(greedy=off)]).remarks if "greedily" in t]
-    assert "95.0% most likely" in line
-    assert "0.25 nats" in line
-    assert not any("greedily" in t for t in make_table([record(greedy=exact)]).remarks)
+    (line,) = [t for t in make_table([record(greedy=off)]).remarks if "greedy answers" in t]
+    assert "95.0% of their tokens are the most likely ones" in line
+    assert "at most 0.25 nats lower" in line
+    assert not any("greedy answers" in t for t in make_table([record(greedy=exact)]).remarks)
 
 
 def test_details_show_tasks_depths_protocols_and_quantiles():

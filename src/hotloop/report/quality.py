@@ -15,8 +15,8 @@ ALPHA = 0.05
 
 
 def lost(compared: NonInferiority) -> str:
-    """Formats the accuracy lost, and its one-sided 95 % upper limit: ``0.5% (limit 1.2%)``."""
-    return f"{100 * compared.loss:.1f}% (limit {100 * compared.limits[1]:.1f}%)"
+    """Formats the accuracy lost, and its one-sided 95 % upper limit: ``0.5% (at most 1.2%)``."""
+    return f"{100 * compared.loss:.1f}% (at most {100 * compared.limits[1]:.1f}%)"
 
 
 def outcome(compared: NonInferiority) -> str:
@@ -77,8 +77,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
         margin = max(verdict.margin for verdict in verdicts)
         said.append(
             f"Verdict: accuracy lost is the share of {verdicts[0].n} items of {tasks} that only "
-            "the reference has right, less the share that only this configuration has right; the "
-            "limit is its one-sided 95% upper limit. pass: a loss of "
+            "the reference has right, less the share that only this configuration has right, so "
+            "below 0 it is a gain; in brackets is its one-sided 95% upper limit. pass: a loss of "
             f"{100 * margin:.2f}% (1% of the reference's accuracy) is ruled out; fail: "
             "the loss is shown to be larger; underpowered: too few items to show either."
         )
@@ -142,7 +142,7 @@ def _greedy(record: Record) -> str | None:
     if greedy is None or greedy.agreement.mean == 1:
         return None
     return (
-        f"{record.cell}: of the tokens that it generates greedily, scoring holds "
-        f"{percent(greedy.agreement.mean, 1)} most likely; the others are up to "
-        f"{significant(greedy.gap_max, 2)} nats below. Rounding alone gives near-ties."
+        f"{record.cell}: when its greedy answers are scored, {percent(greedy.agreement.mean, 1)} "
+        "of their tokens are the most likely ones; the log-probability of each other token is at "
+        f"most {significant(greedy.gap_max, 2)} nats lower. Rounding alone causes such near-ties."
     )

@@ -53,7 +53,7 @@ FIGURES = (
     _figure("mbu", "MBU", lambda f: percent(f.mean)),
     _figure("mbu_datasheet", "MBU\ndatasheet", lambda f: percent(f.mean)),
     _figure("perplexity", "ppl", lambda f: significant(f.mean, 4), of_quality=True),
-    _figure("delta_ln_ppl", "Δ ln ppl", lambda f: uncertain(f.mean, f.se, signed=True), True),
+    _figure("delta_ln_ppl", "Δ ln ppl\n± SE", lambda f: uncertain(f.mean, f.se, signed=True), True),
     _figure("kl_mean", "mean\nKL", lambda f: divergence(f.mean), of_quality=True),
     _figure("kl_at_least", "mean KL\nat least", lambda f: divergence(f.mean), of_quality=True),
     _figure("same_top1", "same\ntop-1", lambda f: percent(f.mean, 1), of_quality=True),
