@@ -1,5 +1,6 @@
 """The engine on a CUDA device, against itself on the CPU: ``pytest -m gpu`` where there is one."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,23 @@ def test_tokens_do_not_depend_on_how_many_graphs_are_kept(
             found.append([tokens(llm, PROMPTS[:n]) for n in (1, 3, 2, 4)])
             assert len(llm._runner._stepper._graphs._kept) <= most
     assert found[0] == found[1]
+
+
+def test_an_engine_that_was_not_closed_can_be_collected_while_another_one_captures(
+    tmp_path: Path,
+) -> None:
+    """Destroying a graph is refused in a thread that captures, and ends the capture."""
+    folder = str(write_random(tmp_path, head_dim=64, hidden_size=128, intermediate_size=256))
+    expected = tokens(
+        LLM(folder, device="cuda", max_batch_size=3)
+    )  # a cycle: no longer referred to
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(1)  # at the next allocation, wherever it is
+        with LLM(folder, device="cuda", max_batch_size=3) as llm:
+            assert tokens(llm) == expected
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g32", "int4-g32-asym"])

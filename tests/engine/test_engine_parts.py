@@ -1,6 +1,7 @@
 """A decoder compiled by parts, as on GPUs, gives what the whole gives, and each part once."""
 
 import collections
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from hotloop import LLM
 from hotloop.engine.forward import CompileWatch, TorchForward
-from hotloop.engine.graphs import Graphs, IfNodes, PaddedGraphs
+from hotloop.engine.graphs import Graphs, IfNodes, PaddedGraphs, capture
 
 CPU = torch.device("cpu")
 N_LAYERS = 3
@@ -204,3 +205,32 @@ def test_what_other_engines_compiled_does_not_count(monkeypatch):
     assert watch.state() == "warm"
     counters["inductor"]["fxgraph_cache_bypass"] += 1
     assert watch.state() == "cold"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_garbage_collected_during_a_capture_even_if_it_fails(monkeypatch, enabled):
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr("hotloop.engine.graphs._capture_stream", lambda _: stream)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: stream)
+    monkeypatch.setattr("torch.cuda.stream", lambda _: contextmanager(lambda: iter([None]))())
+    monkeypatch.setattr("torch.cuda.CUDAGraph", SimpleNamespace)
+    inside = []
+
+    @contextmanager
+    def recording(*_args: Any, **_options: Any) -> Iterator[None]:
+        inside.append(gc.isenabled())
+        yield
+        inside.append(gc.isenabled())
+
+    monkeypatch.setattr("torch.cuda.graph", recording)
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        capture(lambda: inside.append(gc.isenabled()), CPU, runs_before=0)
+        assert inside == [False] * 3
+        assert gc.isenabled() is enabled
+        with pytest.raises(ZeroDivisionError):
+            capture(lambda: 1 / 0, CPU, runs_before=0)
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()

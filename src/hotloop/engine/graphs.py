@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -212,9 +214,26 @@ def capture(
     # thread_local: NCCL's watchdog, and a rank's thread that waits for the previous step's tokens,
     # make CUDA calls during the capture. The stream is given, since torch's default capture stream
     # belongs to the first device that captured.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    with no_garbage_collection(), recording:
         result = run()
     return graph, result
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keeps Python's garbage collector from running by itself.
+
+    It may find an earlier engine that was not closed, and destroy its graphs: a call that CUDA
+    refuses in a thread that captures, and that invalidates the capture.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @cache
