@@ -1,4 +1,4 @@
-"""The page: a table per model, in the layout of published tables of decoding speed.
+"""The published layout: a table per model, as in published tables of decoding speed.
 
 Its columns are quantization, compiled, tensor parallel, speculative decoding and tokens per second.
 Memory, quality and the recommendation are in the experiment's own table. A cell that did not fit,

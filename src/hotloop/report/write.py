@@ -15,7 +15,7 @@ from hotloop.types import MAX_DELTA_LN_PPL
 from hotloop.writing import replacing, write_whole
 
 REPORT = "report.html"
-"""The file name of a results folder's page."""
+"""The file name of a results folder's HTML report."""
 
 
 def write_results(
