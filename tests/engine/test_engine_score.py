@@ -119,11 +119,14 @@ def test_with_cpu_kernels_a_window_has_the_same_bits_whatever_it_is_scored_with(
 ):
     windows = alike()
     with LLM(str(folder), dtype="bfloat16", quant=quant) as llm:
-        alone = [next(llm.score([window], full=True)) for window in windows]
+        alone = {
+            full: [next(llm.score([window], full=full)) for window in windows]
+            for full in (False, True)
+        }
     with LLM(str(folder), dtype="bfloat16", quant=quant, max_batch_size=rows) as llm:
         lengths = watch_scoring(llm, monkeypatch)
         for full in (False, True):
-            for score, expected in zip(llm.score(windows, full=full), alone, strict=True):
+            for score, expected in zip(llm.score(windows, full=full), alone[full], strict=True):
                 assert score.token_logprobs.equal(expected.token_logprobs)
                 assert score.top1.equal(expected.top1)
                 assert score.top1_logprobs.equal(expected.top1_logprobs)
@@ -131,6 +134,15 @@ def test_with_cpu_kernels_a_window_has_the_same_bits_whatever_it_is_scored_with(
             if not full:
                 assert sum(map(sum, lengths)) < 0.7 * sum(map(len, windows)), "less is computed"
     assert max(map(len, lengths)) == rows
+
+
+def test_whole_distributions_have_the_chunks_of_prompts(folder, monkeypatch):
+    # So the floor of KL, the same predictions in shorter windows, is rounded in another way.
+    with LLM(str(folder), dtype="bfloat16", max_batch_size=2) as llm:
+        lengths = watch_scoring(llm, monkeypatch)
+        for full in (True, False):
+            next(llm.score([WINDOW], full=full))
+    assert lengths == [[89], [64], [25]]
 
 
 @pytest.mark.parametrize("rows", [1, 5])

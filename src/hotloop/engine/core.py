@@ -303,7 +303,8 @@ class ScoreBatching:
     """Limits of batched scoring.
 
     Attributes:
-        chunk: Tokens of a chunk of a window; only last chunks are batched.
+        chunk: Tokens of a chunk of a window that can begin like others (``Scoring.group``), and of
+            any chunk in a batch. Only last chunks are batched.
         max_windows: Windows of a batch.
         max_tokens: Tokens of all windows together, each taken to be as long as the longest.
     """
@@ -315,7 +316,9 @@ class ScoreBatching:
     def holds(self, lengths: Sequence[int]) -> bool:
         """Whether chunks of so many tokens each can be one batch."""
         n = len(lengths)
-        return n == 1 or (n <= self.max_windows and n * max(lengths) <= self.max_tokens)
+        longest = max(lengths)
+        fits = longest <= self.chunk and n * longest <= self.max_tokens
+        return n == 1 or (n <= self.max_windows and fits)
 
 
 @dataclass(frozen=True)

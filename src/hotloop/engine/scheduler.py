@@ -356,13 +356,13 @@ class Scheduler:
 
     def _launch_windows(self, first: _Prefilling, job: Scoring) -> _Launched:
         """Launches the next chunk of a window; with its last one, other windows are scored too."""
-        size = self._score_batching.chunk
+        size = self._window_chunk(job)
         windows, is_last = {job: first}, first.end(size) == first.n
         if is_last:
             windows |= self._scored_with(first, job)
         chunks = []
         for window, each in windows.items():
-            start, end = each.start, each.end(size)
+            start, end = each.start, each.end(self._window_chunk(window))
             ids = window.ids[start : end + 1]
             chunks.append(WindowChunk(seat=each.seat.index, start=start, ids=ids))
             self._seats.hold_window(each.seat, window, end)
@@ -371,6 +371,10 @@ class Scheduler:
             self._prefilling = first
         command = ScoreWindows(chunks=chunks, full=job.full, n_top=job.n_top)
         return _Launched(self._core.run(command), scored=tuple(windows), is_last=is_last)
+
+    def _window_chunk(self, window: Scoring) -> int:
+        """Returns the tokens of a window's chunks: those of a prompt, unless it can share some."""
+        return self._chunk if window.group is None else self._score_batching.chunk
 
     def _scored_with(self, first: _Prefilling, job: Scoring) -> dict[Scoring, _Prefilling]:
         """Takes further windows off the queue, in its order, that are scored with this one."""
@@ -386,7 +390,7 @@ class Scheduler:
             prefilling = self._next_prefill()
             assert prefilling is not None, "a seat is free"
             n_new = prefilling.n - prefilling.start
-            is_last = prefilling.end(self._score_batching.chunk) == prefilling.n
+            is_last = prefilling.end(self._window_chunk(following)) == prefilling.n
             if not (is_last and self._score_batching.holds([*lengths, n_new])):
                 self._prefilling = prefilling  # by itself, in the next iteration
                 break
