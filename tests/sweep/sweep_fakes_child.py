@@ -39,7 +39,7 @@ def open_reference(path, key):
     return SimpleNamespace(key=key)
 
 
-def measure_quality(engine, windows, *, reference, on_window):
+def measure_quality(engine, windows, *, reference, on_window, **_):
     if engine.config.seed == End.OOM_IN_QUALITY:
         raise MemoryError("no room for the logits")
     on_window(len(windows), len(windows))
