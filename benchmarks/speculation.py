@@ -9,6 +9,7 @@ its weights in a CPU's memory. Each round gives one ratio of decode tok/s; the f
 geometric mean, and its interval is over rounds. Drawn texts differ between rounds. A round in which
 other processes were busy is repeated, or with ``--disturbed`` kept and counted: acceptance does not
 depend on them. Beside it are the times of steps with each number of drafts (``LLM.step_costs``),
+the number of programs that were captured or compiled during the timed rounds, which should be 0,
 and on a CPU the processor time of a forward of the drafter and of the model, which other processes
 change less.
 
@@ -97,6 +98,7 @@ def measure(
 ) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"off": [], "on": []}
     seen, same, number, disturbed = Speculation(), 0, 0, 0
+    n_programs = llm._scheduler.n_programs
     while number < warm_up + rounds:
         seeded = dataclasses.replace(params, seed=number)
         bystanders, began_s = Bystanders(), time.process_time()
@@ -111,6 +113,7 @@ def measure(
                 continue
         number += 1
         if number <= warm_up:
+            n_programs = llm._scheduler.n_programs
             continue
         for name, (one, other) in {"off": (turns[0], turns[3]), "on": (turns[1], turns[2])}.items():
             pair = (one.timing.decode_tok_s, other.timing.decode_tok_s)
@@ -119,6 +122,7 @@ def measure(
             assert generation.speculation is not None
             seen += generation.speculation
             same += generation.token_ids == turns[0].token_ids
+    n_made = llm._scheduler.n_programs - n_programs
     return {
         "prompt_tokens": len(ids),
         "new_tokens": n,
@@ -132,6 +136,7 @@ def measure(
         "costs": [dataclasses.asdict(cost) for cost in llm.step_costs([ids], max_new_tokens=n)],
         "equal_answers": None if llm.config.assume_acceptance else f"{same} of {2 * rounds}",
         "disturbed_rounds": disturbed,
+        "programs_made": n_made,
     }
 
 
@@ -170,7 +175,8 @@ def show(row: dict[str, Any]) -> None:
         f"{row['draft']:8} {row['text']:24} off {row['off_tok_s']['mean']:7.1f}"
         f"  on {row['on_tok_s']['mean']:7.1f}  x{mean:.3f} [{low:.3f}, {high:.3f}]"
         f"  tokens/step {row['tokens_per_step']:.2f}  plain steps {row['off_share']:.0%}"
-        f"  drafts {row['draft_share']:.1%}  [{acceptance}]  equal {equal}  "
+        f"  drafts {row['draft_share']:.1%}  [{acceptance}]  equal {equal}"
+        f"  programs made {row['programs_made']}  "
         + ", ".join(f"{c['k']}: {c['draft_s']:.4f} + {c['verify_s']:.4f}" for c in row["costs"]),
         flush=True,
     )
@@ -203,7 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=12)
-    # On a GPU every number of drafts is captured at its first use.
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before those")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.core import Features, Step
+from hotloop.engine.draft_control import DraftController
+from hotloop.engine.forward import TorchForward
 from hotloop.engine.graphs import MOST_GRAPHS
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.programs import SERVED_FEATURES, served_features, serving_steps
@@ -180,6 +182,54 @@ def test_several_steps_with_drafts_are_one_program(folder, draft, monkeypatch):
     if draft == str(folder):
         assert counted.accepted == counted.proposed
     drafting.close()
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram+exit-1", "itself"])
+@pytest.mark.usefixtures("_captures")
+def test_nothing_is_captured_while_a_lone_request_decodes(folder, draft, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.llm.n_multi_steps", lambda _: 4)
+    draft = str(folder) if draft == "itself" else draft
+    llm = LLM(str(folder), draft=draft, draft_tokens=4, dtype="float32", max_seq_len=120)
+    graphs, made = llm._runner._stepper._graphs, []
+    monkeypatch.setattr(llm._runner, "asynchronous", True)  # as where programs are captured
+    for options in OPTIONS:
+        for i in range(2):
+            goes_on = {"max_new_tokens": 60, "ignore_eos": "grammar" not in options}
+            params = SamplingParams(**{"min_new_tokens": 0} | options | goes_on)
+            n_before = graphs.n_captured
+            pieces = llm.stream([PROMPTS[3 + i]], params)
+            next(pieces)
+            n_captured = graphs.n_captured
+            made.append(n_captured - n_before)
+            list(pieces)
+            assert graphs.n_captured == n_captured, options
+            assert made[-1] == 0 or i == 0, options
+    assert made[0] == 0, "those of greedy requests were captured before"
+    assert llm._scheduler.n_programs == graphs.n_captured
+    llm.close()
+
+
+def test_a_compiled_engine_with_drafts_compiles_before_it_is_ready(folder, monkeypatch):
+    sizes: list[tuple[int, ...]] = []  # each is compiled once
+    forward = TorchForward.__call__
+
+    def record(self: Any, ids_BT: Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(tuple(ids_BT.shape))
+        return forward(self, ids_BT, *args, **options)
+
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    monkeypatch.setattr(TorchForward, "__call__", record)
+    options = {"dtype": "float32", "draft": "ngram", "draft_tokens": 4}
+    with LLM(str(folder), execution="compile", **options) as llm:
+        before_ready = set(sizes)
+        sizes.clear()
+        stepper, controller = llm._runner._stepper, DraftController((0, 1, 2, 4), always=True)
+        monkeypatch.setattr(stepper.drafters[0], "propose", lambda n, k, **_: torch.full((n, k), 7))
+        monkeypatch.setattr(llm._scheduler, "controller", controller)
+        llm.generate([PROMPTS[3]], max_new_tokens=12, ignore_eos=True)
+    decoded = {(1, T) for T in (1, 2, 3, 5)}  # near the end there are fewer drafts
+    assert decoded <= set(sizes)
+    assert decoded <= before_ready
 
 
 def test_a_compiled_engine_compiles_before_it_is_ready(folder):

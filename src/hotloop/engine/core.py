@@ -259,6 +259,10 @@ class MoveRow(Command[None]):
     target: int
 
 
+StepKind = tuple[int, int, int]
+"""Drafts for each row, the number of their drafter, and the steps of one program."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step(Command[StepResult]):
     """Runs one decode step, or ``n_steps`` steps as one program (multi-step).
@@ -280,6 +284,8 @@ class Step(Command[StepResult]):
         slack: The most tokens that steps in flight may add to a row.
         any_seats: Run the program for rows in any seats even if the seats are in order: a server
             has captured no other program.
+        kinds: The kinds of steps that can follow with these rows and features. Their programs are
+            captured or compiled with that of this step, so that none is made in mid-answer.
     """
 
     phase = "decode"
@@ -296,6 +302,7 @@ class Step(Command[StepResult]):
     known_positions: Mapping[int, int] = dataclasses.field(default_factory=dict)
     slack: int = 0
     any_seats: bool = False
+    kinds: tuple[StepKind, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,7 +196,14 @@ class Choice:
 _Arm = tuple[int, int]
 """A drafter and its number of drafts."""
 
-_PLAIN: _Arm = (0, 0)
+PLAIN: _Arm = (0, 0)
+"""No drafts."""
+
+
+def draft_arms(sizes: Sequence[int], n_drafters: int) -> tuple[_Arm, ...]:
+    """Returns each drafter with each of these numbers of drafts; 0 drafts have no drafter."""
+    drafts = [k for k in sizes if k]
+    return (PLAIN, *((drafter, k) for k in drafts for drafter in range(n_drafters)))
 
 
 @dataclass(eq=False)
@@ -272,6 +279,9 @@ class DraftController:
         n_drafters: Drafters to choose from.
         always: Draft in every step, as many tokens as the limit allows.
         ends_early: Whether chains of drafts can end early; they never do with ``always``.
+
+    Attributes:
+        arms: The drafter and the number of drafts of every step that can be chosen.
     """
 
     EXPLORATION_SHARE = 0.01
@@ -323,6 +333,7 @@ class DraftController:
         self._sizes, self._always = tuple(sizes), always
         self._ends_early = ends_early and not always
         self._n_drafters = n_drafters
+        self.arms = draft_arms(sizes, n_drafters)
         # By number of rows: the time of a plain step in seconds, and of a step with drafts in plain
         # steps.
         self._costs: dict[tuple[int, _Arm], _StepTime] = {}
@@ -384,7 +395,7 @@ class DraftController:
             sizes = sizes[-1:]
         arms = [(drafter, k) for k in sizes for drafter in range(self._n_drafters)]
         if not (self._always and arms):
-            arms.insert(0, _PLAIN)
+            arms.insert(0, PLAIN)
         if self._always and len(arms) == 1:
             return Choice(*arms[0])
         costs_s: dict[_Arm, float] = {}
@@ -397,20 +408,20 @@ class DraftController:
             return Choice()
         speeds = {arm: self._tokens(limits, arm) / cost_s for arm, cost_s in costs_s.items()}
         best = max(arms, key=speeds.__getitem__)
-        if not self._always and best != _PLAIN:
-            loss_s = costs_s[_PLAIN] - 1 / speeds[best]
+        if not self._always and best != PLAIN:
+            loss_s = costs_s[PLAIN] - 1 / speeds[best]
             spent_s = self._since_plain * costs_s[best]
-            if speeds[best] * (1 - self._doubt(n, best)) < speeds[_PLAIN]:
-                best = _PLAIN
+            if speeds[best] * (1 - self._doubt(n, best)) < speeds[PLAIN]:
+                best = PLAIN
             elif self._since_plain >= self.REFRESH or (
                 self._since_plain >= self.LEAST_REFRESH and loss_s < self.PLAIN_SHARE * spent_s
             ):
                 return Choice()
         if not self._always and self._gained_s is not None and self._gained_s < 0:
-            self._settle(-self._gained_s, costs_s[_PLAIN])
+            self._settle(-self._gained_s, costs_s[PLAIN])
             return Choice()
         token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
-        most_s = self.MOST_BUDGET * costs_s.get(_PLAIN, token_s)
+        most_s = self.MOST_BUDGET * costs_s.get(PLAIN, token_s)
         # The time that each trial loses if it yields one token.
         trials = {
             arm: loss_s
@@ -424,8 +435,8 @@ class DraftController:
         trial = max(trials, key=lambda arm: (-self._chosen_at[arm[0]], speeds[arm]))
         if trials[trial] < self._trials_s:
             return Choice(*trial, token_s)
-        if best == _PLAIN:
-            self._settle(trials[trial] - self._trials_s, costs_s[_PLAIN])
+        if best == PLAIN:
+            self._settle(trials[trial] - self._trials_s, costs_s[PLAIN])
         return Choice(*best)
 
     def _settle(self, budget_s: float, plain_s: float) -> None:
@@ -440,7 +451,7 @@ class DraftController:
         used for both. The time of a drafter that finds no drafts may still be unknown; it is then
         taken to be a plain step's.
         """
-        both = [self._costs.get((n, each)) for each in (_PLAIN, arm)]
+        both = [self._costs.get((n, each)) for each in (PLAIN, arm)]
         known = [cost for cost in both if cost is not None and cost.mean is not None]
         variance = max(cost.variance for cost in known)
         return math.sqrt(variance * sum(1 / cost.weight for cost in known))
@@ -497,20 +508,20 @@ class DraftController:
                     self._newest_accepted[choice.drafter].add(n_tokens > i + 1)
         if times is None:
             return
-        arm = (choice.drafter, most) if most else _PLAIN
+        arm = (choice.drafter, most) if most else PLAIN
         seconds = (times.draft_s + times.model_s) / steps
-        plain_s, unit_s = self._mean(n, _PLAIN), 1.0
-        if arm != _PLAIN and not self._always:
+        plain_s, unit_s = self._mean(n, PLAIN), 1.0
+        if arm != PLAIN and not self._always:
             if plain_s is None:
                 return
             unit_s = plain_s
         cost = self._costs.get((n, arm))
         if cost is None:
-            with_line = arm != _PLAIN and not self._always
+            with_line = arm != PLAIN and not self._always
             cost = self._costs[n, arm] = _StepTime(1.0 if with_line else None)
         is_known = cost.mean is not None
         limited_s = cost.add(seconds / unit_s, mean_made, 0 if k else since_plain) * unit_s
-        plain_s = self._mean(n, _PLAIN)
+        plain_s = self._mean(n, PLAIN)
         if plain_s is None and not self._always:
             return
         step_s = plain_s or seconds
@@ -540,8 +551,8 @@ class DraftController:
         A step for which the drafter finds no drafts is a plain step. Until there is a step with
         drafts, its time is assumed to be a plain step's.
         """
-        plain_s = self._mean(n, _PLAIN)
-        if plain_s is None or arm == _PLAIN:
+        plain_s = self._mean(n, PLAIN)
+        if plain_s is None or arm == PLAIN:
             return self._mean(n, arm)
         step = self._step_time(n, arm)
         if step is None or step.mean is None:
@@ -616,14 +627,14 @@ class DraftController:
     def _min_probability(self, limits: Mapping[Any, int], choice: Choice) -> float:
         """Returns the probability of accepted drafts below which a chain ends."""
         drafter, n = choice.drafter, len(limits)
-        plain_s, step = self._mean(n, _PLAIN), self._costs.get((n, (drafter, choice.k)))
+        plain_s, step = self._mean(n, PLAIN), self._costs.get((n, (drafter, choice.k)))
         if not self._ends_early or choice.k < 2 or plain_s is None:
             return 0.0
         if step is None or step.mean is None:  # whole chains tell what a draft takes
             return 0.0
         best_per_s = max(
             self._tokens(limits, arm) / self._known_cost_s(n, arm)
-            for arm in (_PLAIN, (drafter, choice.k))
+            for arm in (PLAIN, (drafter, choice.k))
             if self._cost_s(n, arm) is not None
         )
         rate = self._newest_accepted[drafter].mean(self.PRIOR_ACCEPTANCE)

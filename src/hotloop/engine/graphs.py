@@ -54,6 +54,16 @@ class Graphs:
         Returns:
             The program's results.
         """
+        self.make(key, program, state)
+        graph, result = self._kept[key]
+        graph.replay()
+        return result
+
+    def make(self, key: Hashable, program: Callable[[], object], state: Sequence[Tensor]) -> None:
+        """Captures a program unless there is a graph of it, which becomes the newest.
+
+        The arguments are those of ``run``.
+        """
         if key in self._kept:
             self._kept.move_to_end(key)
         else:
@@ -64,9 +74,6 @@ class Graphs:
                 self._pool = torch.cuda.graph_pool_handle()
             self._kept[key] = capture(program, self._device, state, pool=self._pool)
             self.n_captured += 1
-        graph, result = self._kept[key]
-        graph.replay()
-        return result
 
 
 class PaddedGraphs:

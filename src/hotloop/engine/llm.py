@@ -32,7 +32,7 @@ from hotloop.engine.draft_control import DraftController, StepTimer, sizes_up_to
 from hotloop.engine.grammar import Grammars
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
-from hotloop.engine.programs import drafting_steps, served_features, serving_steps
+from hotloop.engine.programs import served_features, serving_steps
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.runner import OnProgress, Runner
@@ -437,28 +437,28 @@ class LLM:
             each = sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
             n_steps = 3 * each * len(self._setup.draft.names)
         speculative, plain = self._new_scheduler(self._new_controller()), self._new_scheduler(None)
+        last = speculative
         answer(speculative, 1 + n_steps, greedy)
         if self._runner.captures:
             timing = answer(plain, 9, greedy)
             if timing.n_tokens > 1:
                 speculative.n_steps = plain.n_steps = n_multi_steps(timing.tpot_s)
-            answer(plain, 1 + plain.n_steps, greedy)
-            for step in drafting_steps(self._setup, plain.n_steps):
-                self._runner.run(step)
+            answer(speculative, 1 + plain.n_steps, greedy)  # makes its multi-step programs
             suggested = greedy
             with suppress(CheckpointError):  # raised where the suggestion is used
                 suggested = self.default_sampling
             if suggested.temperature > 0:
-                other = self._new_scheduler(self._new_controller(), plain.n_steps)
-                answer(other, 1 + n_steps, suggested)
-                answer(plain, 1 + plain.n_steps, suggested)
+                last = self._new_scheduler(self._new_controller(), plain.n_steps)
+                answer(last, 1 + n_steps, suggested)
         self._runner.run(Synchronize()).wait()
         reuse = self._setup.prefix_reuse
         if reuse == "chunks" and self._runner.batch_invariant:
             reuse = "tokens"  # which has the same bits here
         if speculative.controller is not None:
             speculative.controller.forget_texts()
-        return self._new_scheduler(speculative.controller, speculative.n_steps, reuse)
+        scheduler = self._new_scheduler(speculative.controller, speculative.n_steps, reuse)
+        scheduler.n_programs = last.n_programs
+        return scheduler
 
     # ------------------------------------------------------------------------------ service
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hotloop.engine.core import TOP_K_CANDIDATES, Features, Step, padded_rows
-from hotloop.engine.draft_control import sizes_up_to
-from hotloop.engine.scheduler import n_drafting_steps
+from hotloop.engine.draft_control import PLAIN, draft_arms, sizes_up_to
+from hotloop.engine.scheduler import step_kinds
 from hotloop.engine.setup import Setup
 from hotloop.engine.steps import SMALLEST_LENGTH
 
@@ -47,37 +47,14 @@ def serving_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
     return tuple(_steps(setup, n_steps)) if setup.makes_programs else ()
 
 
-def drafting_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
-    """Returns multi-step programs with drafts, for each step of ``serving_steps`` that has one.
-
-    They are for a lone greedy request, in the first seat.
-
-    Args:
-        setup: The engine.
-        n_steps: See ``serving_steps``.
-    """
-    shortest = min(_lengths(setup))
-    return [
-        replace(step, any_seats=False)
-        for step in serving_steps(setup, n_steps)
-        if step.k and step.n_steps > 1
-        if step.features == Features() and step.longest == shortest
-    ]
-
-
 def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
     n_rows = setup.config.max_batch_size
     sizes = {padded_rows(n, n_rows) if setup.captures else n for n in range(1, n_rows + 1)}
-    drafts = (0,) if setup.draft is None else sizes_up_to(setup.config.draft_tokens)
-    n_drafters = 0 if setup.draft is None else len(setup.draft.names)
-    kinds = [(k, drafter, 1) for k in drafts for drafter in range(n_drafters if k else 1)]
-    kinds += [(0, 0, n_steps)] if n_steps > 1 else []
-    if (several := n_drafting_steps(n_steps)) > 1:
-        kinds += [(k, drafter, several) for k in drafts[1:] for drafter in range(n_drafters)]
+    arms = (PLAIN,)
+    if setup.draft is not None:
+        arms = draft_arms(sizes_up_to(setup.config.draft_tokens), len(setup.draft.names))
     for n in sorted(sizes, reverse=True):
-        for k, drafter, several in kinds:
-            if k and several > 1 and n > 1:
-                continue
+        for k, drafter, several in step_kinds(arms, n_steps, alone=n == 1):
             for features in reversed(served_features(setup)):
                 if several > 1 and features.constrain:
                     continue

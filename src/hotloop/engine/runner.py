@@ -175,6 +175,7 @@ class Runner:
                 assumed_acceptance=config.assume_acceptance,
                 n_positions=setup.n_positions,
                 captures=self.captures,
+                compiles=setup.execution == "compile",
                 indexes_seats=self._model.attention_name in ("cpu", "fused"),
             )
             models = [self._model, *([self._draft_model] if self._draft_model else [])]

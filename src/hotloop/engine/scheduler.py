@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from statistics import fmean
@@ -46,11 +46,12 @@ from hotloop.engine.core import (
     ScoreBatching,
     ScoreWindows,
     Step,
+    StepKind,
     StepResult,
     StepTimes,
     WindowChunk,
 )
-from hotloop.engine.draft_control import Choice, DraftController
+from hotloop.engine.draft_control import PLAIN, Choice, DraftController
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.seats import LEAST_SHARED, Seat, Seats, common_prefix
 from hotloop.types import Delta, PrefixReuse, Score
@@ -85,6 +86,25 @@ def n_drafting_steps(n_steps: int) -> int:
         n_steps: Steps of a multi-step program of plain steps.
     """
     return max(1, n_steps // 2)
+
+
+@functools.cache
+def step_kinds(
+    arms: Sequence[tuple[int, int]], n_steps: int, *, alone: bool
+) -> tuple[StepKind, ...]:
+    """Returns the kinds of steps that a scheduler can launch.
+
+    Args:
+        arms: See ``DraftController.arms``.
+        n_steps: Steps of a multi-step program of plain steps.
+        alone: Of a single request.
+    """
+    kinds = [(k, drafter, 1) for drafter, k in arms]
+    if n_steps > 1:
+        kinds.append((0, 0, n_steps))
+    if alone and (several := n_drafting_steps(n_steps)) > 1:
+        kinds += [(k, drafter, several) for drafter, k in arms if k]
+    return tuple(kinds)
 
 
 Job = Request | Scoring
@@ -301,6 +321,7 @@ class Scheduler:
             known_positions=known_positions,
             slack=slack,
             any_seats=self.feature_sets is not None,
+            kinds=self._kinds(active.values()),
         )
         self.n_steps_run += n_steps
         self.n_rows_run += n_steps * n
@@ -312,6 +333,17 @@ class Scheduler:
         if self.feature_sets is None:
             return needed
         return next((each for each in self.feature_sets if each.includes(needed)), needed)
+
+    def _kinds(self, requests: Collection[Request]) -> tuple[StepKind, ...]:
+        """Returns the kinds of steps that can follow; none if their programs are not made now."""
+        alone = len(requests) == 1
+        # Compiling takes seconds: a lone request's steps are compiled before the engine is ready,
+        # those of several requests when they are run.
+        if self.feature_sets is not None or not (self._core.captures or alone):
+            return ()
+        drafted = self.controller is not None and any(r.params.speculate for r in requests)
+        arms = self.controller.arms if self.controller is not None and drafted else (PLAIN,)
+        return step_kinds(arms, self.n_steps, alone=alone)
 
     # ------------------------------------------------------------------------------ prefill
 

@@ -27,8 +27,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 from hotloop.engine.assumption import assume
 from hotloop.engine.chains import ChainEnd
 from hotloop.engine.constraints import Constraints, Drafts
-from hotloop.engine.core import Features, Step, StepTimes, padded_rows
+from hotloop.engine.core import Features, Step, StepKind, StepTimes, padded_rows
 from hotloop.engine.forward import Forward
 from hotloop.engine.graphs import Graphs
 from hotloop.engine.rows import Rows
@@ -102,6 +102,7 @@ class Stepper:
         assumed_acceptance: See ``EngineConfig.assume_acceptance``.
         n_positions: Positions of the cache.
         captures: Whether programs become CUDA graphs.
+        compiles: Whether the forward is compiled for each number of tokens.
         indexes_seats: Attention kernels index the cache by seat and stop at each row's position.
             Others get the length of cache to read, and the first seat if seats are in order.
     """
@@ -120,6 +121,7 @@ class Stepper:
         assumed_acceptance: float | None = None,
         n_positions: int,
         captures: bool,
+        compiles: bool,
         indexes_seats: bool,
     ) -> None:
         self.forward, self.rows, self.sampler, self.drafters = forward, rows, sampler, drafters
@@ -130,8 +132,10 @@ class Stepper:
         self._device = rows.positions.device
         self._drafts = rows.positions.new_full((len(rows.positions), max(1, max_drafts)), -1)
         self._graphs = Graphs(self._device) if captures else None
-        self._chain_end = chain_end
-        self._ran: set[_Program] = set()  # programs run, where none are captured
+        self._chain_end, self._compiles = chain_end, compiles
+        self._made: set[Hashable] = set()  # the arguments of _make
+        self._compiled: set[tuple[int, int, int | None]] = set()  # see _make
+        self._ran: set[_Program] = set()  # programs run or compiled, where none are captured
 
     def step(self, step: Step) -> tuple[Sampled, Timestamps | None, Mapping[int, str]]:
         """Runs a step, which yields one token or more for each row.
@@ -152,6 +156,10 @@ class Stepper:
         in_order = n == step.n and not step.any_seats
         first_seat = self._first_seat(step.seats) if in_order else None
         reads = (first_seat, self.length(step.longest))
+        kinds = step.kinds or ((k, step.drafter, step.n_steps),)
+        if (made := (n, reads, wanted, kinds)) not in self._made:
+            self._make(*made)
+            self._made.add(made)
         if not self.drafters:
             sampled, failures = self._sample(step, n, 0, reads, wanted)
             return sampled, None, failures
@@ -162,17 +170,17 @@ class Stepper:
             if k == 0 or i != step.drafter:
                 drafter.skip(step.seats)
         if k:
+            programs = self._programs(n, k, reads, wanted, step.n_steps, step.drafter)
             self.drafters[step.drafter].catch_up(step)
             if self._chain_end is not None:  # in the mean over rows, padding counts as 0
                 self._chain_end.set_min_probability(step.min_probability * step.n / n)
             timestamps.append(self._timestamp())
             if step.n_steps > 1:
-                sampled = self._run_drafting_steps(step, n, reads, wanted)
+                sampled = self._run(*programs["drafting steps"])
                 timestamps += [timestamps[-1], self._timestamp()]  # its parts are not timed
                 return sampled, timestamps if self.n_programs == n_made else None, {}
-            features = dataclasses.replace(wanted, logprobs=False, constrain=False)
             on_host = self._device.type == "cpu" and self._graphs is None
-            self._run(_Program("draft", n, k, *reads, features, drafter=step.drafter), self._draft)
+            self._run(*programs["draft"])
             if wanted.constrain:
                 drafted = [row for row in range(step.n) if row not in step.undrafted]
                 drafts, replaced = self.constraints.redraft(self._drafts[:n, :k], drafted)
@@ -188,14 +196,70 @@ class Stepper:
         timestamps.append(self._timestamp())
         return sampled, timestamps if self.n_programs == n_made else None, failures
 
-    def _run_drafting_steps(
-        self, step: Step, n: int, reads: tuple[int | None, int], features: Features
-    ) -> Sampled:
-        """Runs several steps with drafts as one program."""
-        assert not features.constrain, "a grammar needs each token on the host"
-        options = {"n_steps": step.n_steps, "drafter": step.drafter}
-        program = _Program("drafting steps", n, step.k, *reads, features, **options)
-        return self._run(program, self._drafting_steps)
+    def _make(
+        self,
+        n: int,
+        reads: tuple[int | None, int],
+        features: Features,
+        kinds: Sequence[StepKind],
+    ) -> None:
+        """Captures or compiles the programs of these kinds of steps that do not exist yet.
+
+        It changes no row. What it writes to the cache is beyond the tokens of the rows, so later
+        steps overwrite it before it is read.
+        """
+        if self._graphs is not None:
+            for k, drafter, n_steps in kinds:
+                if n_steps > 1 and features.constrain:
+                    continue
+                programs = self._programs(n, k, reads, features, n_steps, drafter)
+                for program, run in programs.values():
+                    self._graphs.make(program, partial(run, program), self._state)
+        elif self._compiles:
+            for k in sorted({k for k, _, _ in kinds}):
+                # On a CPU, a step for which no drafts are found would compile that of no drafts.
+                if (size := (n, k, reads[0])) not in self._compiled:
+                    program = _Program("forward", n, k, *reads)
+                    self._forward(program, self._inputs(program))
+                    self._compiled.add(size)
+                programs = self._programs(n, k, reads, features)
+                self._ran |= {program for part, (program, _) in programs.items() if part != "draft"}
+
+    def _programs(
+        self,
+        n: int,
+        k: int,
+        reads: tuple[int | None, int],
+        features: Features,
+        n_steps: int = 1,
+        drafter: int = 0,
+    ) -> Mapping[str, tuple[_Program, Callable[[_Program], Any]]]:
+        """Returns the programs of a kind of step, by part, and what runs each.
+
+        Args:
+            n: Rows to compute.
+            k: Drafts of each.
+            reads: First seat and length of the cache that attention reads.
+            features: The features that the sampler needs.
+            n_steps: Steps of one program.
+            drafter: The number of the drafter.
+        """
+        parts: list[tuple[_Program, Callable[[_Program], Any]]] = []
+        if k and n_steps > 1:
+            assert not features.constrain, "a grammar needs each token on the host"
+            several = _Program("drafting steps", n, k, *reads, features, n_steps, drafter)
+            return {several.part: (several, self._drafting_steps)}
+        if k:
+            drafting = dataclasses.replace(features, logprobs=False, constrain=False)
+            draft = _Program("draft", n, k, *reads, drafting, drafter=drafter)
+            parts.append((draft, self._draft))
+        if features.constrain:
+            _ = self._logits  # made before a capture
+            parts.append((_Program("forward", n, k, *reads), self._keep_logits))
+            parts.append((_Program("choose", n, k, features=features), self._choose))
+        else:
+            parts.append((_Program("step", n, k, *reads, features, n_steps), self._steps))
+        return {program.part: (program, run) for program, run in parts}
 
     def _sample(
         self,
@@ -219,15 +283,14 @@ class Stepper:
         Returns:
             See ``step``.
         """
+        programs = self._programs(n, k, reads, features, step.n_steps)
         if not features.constrain:
-            program = _Program("step", n, k, *reads, features, step.n_steps)
-            return self._run(program, self._steps), {}
+            return self._run(*programs["step"]), {}
         assert step.n_steps == 1, "a grammar needs each token on the host"
-        _ = self._logits  # made before a capture
-        self._run(_Program("forward", n, k, *reads), self._keep_logits)
+        self._run(*programs["forward"])
         masks_BTW, drafts_BD = self.constraints.masks(n, k + 1), self._drafts[:n, :k]
         failures = self.constraints.fill(step.n, masks_BTW, drafts, drafts_BD)
-        return self._run(_Program("choose", n, k, features=features), self._choose), failures
+        return self._run(*programs["choose"]), failures
 
     def length(self, longest: int) -> int:
         """Returns the number of cache positions that a step reads for ``longest``."""
@@ -334,8 +397,12 @@ class Stepper:
         if self._graphs is None:
             self._ran.add(program)
             return run(program)
-        state = (self.rows.history, self.rows.positions, *self.sampler.memory)
-        return self._graphs.run(program, lambda: run(program), state)
+        return self._graphs.run(program, partial(run, program), self._state)
+
+    @property
+    def _state(self) -> Sequence[Tensor]:
+        """The tensors that programs change, except those that every step writes anew."""
+        return (self.rows.history, self.rows.positions, *self.sampler.memory)
 
     @property
     def n_programs(self) -> int:
