@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotloop import LLM, SamplingParams
 from hotloop.engine.core import ScoreWindows
+from hotloop.engine.service import Service
 from hotloop.errors import RequestError
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.weights.checkpoint import open_checkpoint
@@ -79,6 +80,15 @@ def test_whole_distributions_are_not_kept_for_more_windows_than_memory_is_meant_
         windows = iter([WINDOW[i : i + 30] for i in range(7)])
         next(llm.score(windows, full=True))
         assert len(list(windows)) == 5
+
+
+def test_a_call_that_goes_on_while_the_engine_is_served_is_refused(folder):
+    with LLM(str(folder), dtype="float32") as llm:
+        scores = llm.score([WINDOW[:9]] * 2)
+        next(scores)
+        with Service(llm), pytest.raises(RequestError, match="has a service"):
+            next(scores)
+        assert len(list(llm.score([WINDOW[:9]]))) == 1
 
 
 def test_an_error_of_a_window_comes_behind_the_scores_of_those_before(folder):

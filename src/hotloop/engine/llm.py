@@ -226,8 +226,9 @@ class LLM:
             while True:
                 while not done and self._has_room(ahead):
                     try:
-                        ahead.append(next(scorings))
-                        self._turns.add(stream, ahead[-1])
+                        following = next(scorings)
+                        self._turns.add(stream, following)
+                        ahead.append(following)
                     except StopIteration:
                         done = True
                     except Exception as raised:  # of a window, or the caller's own
