@@ -169,7 +169,7 @@ def test_an_unexpected_exception_is_one_line_that_says_how_to_see_more(error, fa
     assert out == ""
     (line,) = err.splitlines()
     assert line.startswith(f"error: {type(error).__name__}")
-    assert "please report it with what HOTLOOP_TRACEBACK=1 shows" in line
+    assert "please report it with the traceback that HOTLOOP_TRACEBACK=1 prints" in line
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), errors.ConfigError("no")])

@@ -182,7 +182,10 @@ def test_only_its_own_commands_are_commands_and_a_second_slash_makes_a_message(
 def test_a_mistyped_command_is_a_message_with_a_note(fake_llm, piped, capsys):
     piped("/rest\n")
     assert main(["chat", "m"]) == 0
-    assert "/rest is no command, so it is a message. /reset is one." in capsys.readouterr().err
+    assert (
+        "/rest is not a command, so it is sent as a message. Did you mean /reset?"
+        in capsys.readouterr().err
+    )
     assert len(fake_llm.made[0].asked) == 1
 
 
@@ -239,7 +242,7 @@ def test_a_refused_turn_does_not_end_the_session(piped, capsys):
 def test_old_turns_are_dropped_with_a_note_when_the_context_is_full(fake_llm, piped, capsys):
     piped("".join(f"{'abc'[i] * 40}\n" for i in range(3)))
     assert main(["chat", "m", "-n", "30"]) == 0
-    assert "forgot 1 of 2 exchanges" in capsys.readouterr().err
+    assert "the oldest 1 of 2 exchanges were dropped" in capsys.readouterr().err
     assert fake_llm.made[0].asked[2].prompt.startswith("<user>b")
 
 
@@ -371,7 +374,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_never_the_session(terminal):
     terminal.wait_for("ended by Ctrl-C")
     terminal.wait_for_prompt()
     terminal.type("half a line\x03")  # a moment late
-    terminal.wait_for("To leave: Ctrl-D or /quit.")
+    terminal.wait_for("Ctrl-D or /quit ends the chat.")
     terminal.wait_for_prompt()
     terminal.type("second\r")
     terminal.wait_for("History: <user>first<assistant>w0 w1 w2 w3 w4 w5 ")

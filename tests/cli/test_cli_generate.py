@@ -174,7 +174,7 @@ def test_ctrl_c_keeps_what_came_frees_the_engine_and_exits_130(fake_llm, capsys,
 def test_control_tokens_in_a_prompt_are_text_with_a_note_unless_asked_for(fake_llm, capsys):
     assert main(["generate", "m", "a<end>"]) == 0
     assert fake_llm.made[-1].asked[0].prompt == "a<end>"
-    assert "The prompt spells <end>, which is taken as text: --special" in capsys.readouterr().err
+    assert "The prompt contains <end> as plain text. Add --special" in capsys.readouterr().err
     assert main(["generate", "m", "a<end>", "--special"]) == 0
     assert fake_llm.made[-1].asked[0].prompt == "^a$"
     assert "spells" not in capsys.readouterr().err
@@ -207,8 +207,8 @@ def test_template_arguments_are_json_or_text(fake_llm):
         (["--chat", "--template-arg", "a b=1"], "give NAME=VALUE"),
         (["--chat", "--template-arg", "=1"], "give NAME=VALUE"),
         (["--chat", "--template-arg", "a=1", "--template-arg", "a=2"], "a is given twice"),
-        (["--chat", "--template-arg", "messages=[]"], "messages is not for you to set"),
-        (["--chat", "--template-arg", "continue_final_message=1"], "not for you to set"),
+        (["--chat", "--template-arg", "messages=[]"], "messages is set by hotloop"),
+        (["--chat", "--template-arg", "continue_final_message=1"], "set by hotloop"),
         (["--chat", "--template-arg", "a=" + "9" * 5000], "cannot be read"),
         (["--chat", "--template-arg", "a=" + "[" * 100_000], "cannot be read"),
         (["--chat", "--template-arg", "a=1e999"], "'1e999' cannot be read: the number '1e999' is"),

@@ -190,7 +190,7 @@ def test_a_wrong_value_is_one_line_that_names_the_option(
     (error,) = errors
     assert error.startswith("error: ")
     assert any(name in error for name in names), error
-    assert "fault of hotloop" not in error
+    assert "bug in hotloop" not in error
     assert len(error) < 2_100
     assert not any(not character.isprintable() for character in error)
     assert list(tmp_path.iterdir()) == [], "nothing is written"

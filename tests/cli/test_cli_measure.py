@@ -305,7 +305,7 @@ def test_a_recipe_is_not_overruled_by_flags_that_would_go_unnoticed(sweeps, tmp_
     recipe = tmp_path / "r.yml"
     recipe.write_text("model: m\n")
     assert main(["sweep", str(recipe), "--quant", "int8", "--batch", "2", "--no-quality"]) == 2
-    assert "--quant, --batch, --no-quality: with a recipe" in capsys.readouterr().err
+    assert "--quant, --batch, --no-quality cannot be given with a recipe" in capsys.readouterr().err
     assert sweeps.asked == []
 
 
@@ -334,11 +334,11 @@ def test_a_recipe_of_random_weights_can_be_run_with_a_checkpoint_or_another_shap
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["m", "--model", "n", "--draft-model", "d"], "--model, --draft-model: only for a recipe"),
+        (["m", "--model", "n", "--draft-model", "d"], "--model, --draft-model can be given only"),
         (["r.yml", "--model", "n", "--shape", "llama-2-7b"], "either --model or --shape"),
         (["r.yml", "--draft-model", "d"], "no cell with a draft model"),
-        (["r.yml", "--draft", "ngram", "--draft-tokens", "2", "--tp", "2"], "with a recipe, set"),
-        (["r.yml", "--weights-seed", "3"], "--weights-seed: with a recipe"),
+        (["r.yml", "--draft", "ngram", "--draft-tokens", "2", "--tp", "2"], "with a recipe: set"),
+        (["r.yml", "--weights-seed", "3"], "--weights-seed cannot be given with a recipe"),
     ],
 )
 def test_what_cannot_be_replaced_is_refused(argv, says, sweeps, tmp_path, monkeypatch, capsys):
@@ -493,7 +493,7 @@ def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
 
 def test_the_full_layout_is_of_one_folder(results, capsys):
     assert main(["report", str(results), str(results)]) == 2
-    assert "only --html, --png and --layout reference join them" in capsys.readouterr().err
+    assert "only --html, --png and --layout reference combine several" in capsys.readouterr().err
 
 
 def test_report_leaves_the_tables_in_the_folder_where_it_is_asked_to(results, capsys):

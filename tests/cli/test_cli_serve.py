@@ -19,7 +19,7 @@ def test_a_server_has_its_own_defaults():
 
 def test_options_change_a_measured_configuration_and_defaults_of_a_server_do_not():
     measured = EngineConfig(model="m", quant="int8", prefix_cache="tokens", execution="compile")
-    over = ServedEngineOptions(execution="eager").over(measured)
+    over = ServedEngineOptions(execution="eager").overrides(measured)
     assert over == {"max_batch_size": 8, "execution": "eager"}
 
 

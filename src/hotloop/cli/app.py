@@ -1,11 +1,11 @@
 """``main``: runs a command line, and returns the exit code.
 
-Help pages are files, written by ``help_pages`` and kept up to date by a test: to build a page takes
-a third of a second of imports, and to read it takes none. Commands are imported when they are
+Help pages are files, written by ``help_pages`` and kept up to date by a test: building a page takes
+a third of a second of imports, and reading a file takes none. Commands are imported when they are
 called.
 
-Exit codes: 0 success; 1 failure; 2 invalid command line or input; 130 stopped by Ctrl-C; 141 the
-reader of the output has closed it.
+Exit codes: 0 is success, 1 a failure, 2 an invalid command line or input, 130 a stop by Ctrl-C, and
+141 an output whose reader has closed it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def commands() -> App:
         version=f"hotloop {__version__}",
         help_flags=HELP_FLAGS,
         help_format="rich",
-        help_epilogue="hotloop COMMAND --help says more about each.",
+        help_epilogue="Run hotloop COMMAND --help for the options of a command.",
         default_parameter=Parameter(negative=(), show_default=_shown_default),
         suppress_keyboard_interrupt=False,
         exit_on_error=False,
@@ -79,7 +79,7 @@ def commands() -> App:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    An error is one line on stderr, with its traceback if ``TRACEBACK`` is in the environment.
+    An error is printed on stderr, after its traceback if ``TRACEBACK`` is set in the environment.
 
     Args:
         argv: The arguments after the program's name; None takes the process's own.
@@ -105,14 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = name or "input or output failed"  # only errors of opening have the file's name
         return _failed(error, f"{what}: {error.strerror or error}.")
     except MemoryError as error:
-        return _failed(error, "this machine has too little memory for that.")
+        return _failed(error, "this machine has too little memory for this command.")
     except SystemExit:
         raise
     except BaseException as error:  # panics of some libraries are not an Exception
         said = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
-        hint = "" if _wants_traceback() else f" with what {TRACEBACK}=1 shows"
+        hint = "" if _wants_traceback() else f" with the traceback that {TRACEBACK}=1 prints"
         return _failed(
-            error, f"{shorten(said, 500)}. This is a fault of hotloop: please report it{hint}."
+            error, f"{shorten(said, 500)}. This is a bug in hotloop: please report it{hint}."
         )
     return code
 

@@ -24,7 +24,7 @@ from hotloop.cli.output import note, print_json, print_pairs, progress_bar, show
 from hotloop.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hotloop.baselines.server_behaviour import Behaviour, Divergence
+    from hotloop.baselines.server_behavior import Divergence, ServerBehavior
     from hotloop.bench.record import Figure
 
 app = App(
@@ -51,8 +51,8 @@ def bench(
         option(
             SERVER,
             "Instead of MODEL: the URL of an OpenAI-compatible server, such as "
-            "http://localhost:8000/v1; #NAME after it chooses one of several models. The variable "
-            "HOTLOOP_ENDPOINT_KEY holds its key.",
+            "http://localhost:8000/v1; #NAME after it chooses one of several models. The "
+            "environment variable HOTLOOP_ENDPOINT_KEY holds its API key.",
         ),
     ] = None,
     against: Annotated[
@@ -69,10 +69,10 @@ def bench(
 
     --json prints the record, as a sweep writes it. hotloop eval measures quality,
     and hotloop sweep compares configurations. For a server, it measures the time to
-    the first token of a new and of a repeated prompt, the intervals between later
-    tokens, the share of answers that is loops, and whether answers can be reproduced.
-    The exit code is 0 if figures were measured; 2 if the configuration is refused;
-    and 1 if it failed or did not fit.
+    the first token of a new and of a repeated prompt, the intervals between the
+    events of a stream, the share of words in repetition loops, and whether answers
+    are reproducible. The exit code is 0 if figures were measured; 2 if the
+    configuration is refused; and 1 if it failed or did not fit.
     """
     from hotloop.sweep.cell import refuse_cell, run_cell
     from hotloop.sweep.events import CellFinished, CellStarted
@@ -83,10 +83,15 @@ def bench(
     if endpoint is not None:
         others = [*engine.given(), *weights.given(), *["model"] * (model is not None)]
         if others:
-            raise ConfigError(f"--endpoint: the server decides {others[0]}: leave it out.")
-        return _find_out(endpoint, against, workload, json=json)
+            raise ConfigError(
+                f"{others[0]} cannot be given with --endpoint, since the server decides it: "
+                "leave it out."
+            )
+        return _measure_server(endpoint, against, workload, json=json)
     if against is not None:
-        raise ConfigError("--against is compared with a server: add --endpoint.")
+        raise ConfigError(
+            "--against names a second server to compare with: name the first one with --endpoint."
+        )
     note_cache()
     recipe = recipe_from_flags(
         weights.model(model),
@@ -105,19 +110,22 @@ def bench(
     return show_record(record, json=json)
 
 
-def _find_out(url: str, against: str | None, options: WorkloadOptions, *, json: bool) -> int:
+def _measure_server(url: str, against: str | None, options: WorkloadOptions, *, json: bool) -> int:
     """Measures how a server behaves, and prints it."""
     from hotloop.baselines.completions import CompletionsClient
-    from hotloop.baselines.server_behaviour import find_out
+    from hotloop.baselines.server_behavior import measure_server
     from hotloop.bench.record import Workload
     from hotloop.evaluate.text import load_text
 
     if options.batch != WorkloadOptions.batch:
-        raise ConfigError("--batch: with --endpoint prompts are sent one after the other.")
-    with ExitStack() as opened, progress_bar("asking the server") as show:
+        raise ConfigError(
+            f"--batch {options.batch}: prompts are sent to --endpoint one at a time. "
+            "Leave --batch out."
+        )
+    with ExitStack() as opened, progress_bar("measuring the server") as show:
         client = opened.enter_context(CompletionsClient(url))
         other = opened.enter_context(CompletionsClient(against)) if against else None
-        behaviour = find_out(
+        behavior = measure_server(
             client,
             Workload(**options.fields()),
             load_text(None).content,
@@ -125,15 +133,15 @@ def _find_out(url: str, against: str | None, options: WorkloadOptions, *, json: 
             on_prompt=show,
         )
     if json:
-        print_json(behaviour.to_dict())
+        print_json(behavior.to_dict())
         return 0
-    print_pairs(_shown(behaviour))
-    if behaviour.refused_fields:
-        note(f"The server refuses these fields: {', '.join(behaviour.refused_fields)}.")
+    print_pairs(_shown(behavior))
+    if behavior.refused_fields:
+        note(f"The server refuses these fields: {', '.join(behavior.refused_fields)}.")
     return 0
 
 
-def _shown(behaviour: Behaviour) -> list[tuple[str, str]]:
+def _shown(behavior: ServerBehavior) -> list[tuple[str, str]]:
     from hotloop.report.numbers import half_width, percent, significant, uncertain
 
     def ms(figure: Figure) -> str:
@@ -141,7 +149,7 @@ def _shown(behaviour: Behaviour) -> list[tuple[str, str]]:
         return f"{uncertain(figure.mean * 1e3, width and width * 1e3)} ms"
 
     def counted(figure: Figure | None, digits: int = 4) -> str:
-        return significant(figure.mean, digits) if figure else "not told by the server"
+        return significant(figure.mean, digits) if figure else "not reported"
 
     def differences(found: Divergence) -> str:
         equal = f"{found.n_equal} of {found.n} answers are equal"
@@ -151,25 +159,25 @@ def _shown(behaviour: Behaviour) -> list[tuple[str, str]]:
         return f"{equal}; the earliest difference is after {earliest} characters"
 
     pairs = [
-        ("model", behaviour.model),
-        ("server", behaviour.server or "not told"),
-        ("prompt tokens", counted(behaviour.n_prompt_tokens)),
-        ("answer tokens", counted(behaviour.n_tokens)),
-        ("TTFT, new prompt", ms(behaviour.cold_ttft_s)),
-        ("TTFT, known prompt", ms(behaviour.warm_ttft_s)),
+        ("model", behavior.model),
+        ("server", behavior.server or "not reported"),
+        ("prompt tokens", counted(behavior.n_prompt_tokens)),
+        ("answer tokens", counted(behavior.n_tokens)),
+        ("TTFT, new prompt", ms(behavior.cold_ttft_s)),
+        ("TTFT, repeated prompt", ms(behavior.warm_ttft_s)),
     ]
-    if behaviour.tpot_s:
-        pairs.append(("time per token", ms(behaviour.tpot_s)))
-        pairs.append(("decode tok/s", significant(1 / behaviour.tpot_s.mean, 3)))
-    if behaviour.interval_s:
-        shown = zip(("50%", "90%", "99%", "longest"), behaviour.interval_s, strict=True)
+    if behavior.tpot_s:
+        pairs.append(("time per token", ms(behavior.tpot_s)))
+        pairs.append(("decode tok/s", significant(1 / behavior.tpot_s.mean, 3)))
+    if behavior.interval_s:
+        shown = zip(("50%", "90%", "99%", "longest"), behavior.interval_s, strict=True)
         listed = ", ".join(f"{name} {significant(s * 1e3, 3)}" for name, s in shown)
-        pairs.append(("between pieces, ms", listed))
+        pairs.append(("interval between events, ms", listed))
     pairs += [
-        ("tokens per piece", counted(behaviour.tokens_per_piece, 3)),
-        ("in loops", f"{percent(behaviour.loop_share.mean)} of the words of an answer"),
-        ("the same prompt again", differences(behaviour.repeated)),
+        ("tokens per event", counted(behavior.tokens_per_event, 3)),
+        ("repetition loops", f"{percent(behavior.loop_share.mean)} of the words of an answer"),
+        ("greedy answers to a repeated prompt", differences(behavior.repeated)),
     ]
-    if behaviour.against:
-        pairs.append(("against the other", differences(behaviour.against)))
+    if behavior.against:
+        pairs.append(("greedy answers of the other server", differences(behavior.against)))
     return pairs

@@ -50,21 +50,21 @@ Examples:
 COMMANDS = {
     "/continue": "continue the last answer, where it was cut",
     "/reset": "forget the conversation; the system message stays",
-    "/stats": "figures of this session",
+    "/stats": "show speed and token counts of this session",
     "/system TEXT": "set the system message; without TEXT, show it",
-    "/help": "this list",
-    "/quit": "leave, as Ctrl-D does",
+    "/help": "show this list",
+    "/quit": "end the chat, as Ctrl-D does",
 }
 _NAMES = {command.split()[0] for command in COMMANDS} | {"/exit"}
 
-HOW_TO_LEAVE = "Ctrl-C stops an answer. To leave: Ctrl-D or /quit."
+HOW_TO_LEAVE = "Ctrl-C stops an answer. Ctrl-D or /quit ends the chat."
 
 HELP = "\n".join(
     [
         *(f"{name:14}{what}" for name, what in COMMANDS.items()),
         "Every other line is a message, even if it begins with /; //quit sends the message /quit.",
         HOW_TO_LEAVE,
-        "A text that is pasted is one message. A line that ends in \\ continues in the next.",
+        "Pasted text is one message. A line that ends in \\ continues in the next.",
         'All lines between two lines of """ are one message.',
     ]
 )
@@ -84,7 +84,7 @@ def chat(
     sampling: SamplingOptions = DEFAULT_SAMPLING,
     json: Json = False,
 ) -> int:
-    """Talk with a model.
+    """Chat with a model.
 
     In a terminal, /help lists the commands, and Ctrl-C stops an answer.
     From a pipe, each line is a turn, and answers go to standard output.
@@ -95,7 +95,9 @@ def chat(
     """
     sampling.check(json=json)
     if sampling.n not in (None, 1):
-        raise ConfigError(f"--n {sampling.n}: a chat has one answer to each message.")
+        raise ConfigError(
+            f"--n {sampling.n}: a chat generates one answer to each message. Leave --n out."
+        )
     interactive = sys.stdin.isatty()
     config, conversation = engine.config(model), ConversationFormat(template)
     if config.prefix_cache == "auto":
@@ -117,7 +119,7 @@ def chat(
 def converse(session: Session, turns: Iterator[str]) -> None:
     """Answers turns until there are no more, or the session ends."""
     for text in turns:
-        if not session.take(text):
+        if not session.handle(text):
             break
 
 
@@ -216,7 +218,7 @@ class Session:
         self._config, self._about = config, llm.describe()
         context = self._about.max_seq_len
         room = min(params.max_new_tokens or MIN_ANSWER_TOKENS, context // 2)
-        self._talk = Conversation(encode, context - room, system)
+        self._conversation = Conversation(encode, context - room, system)
         self._answers: list[Answer] = []
         self._context_used = 0
 
@@ -225,11 +227,11 @@ class Session:
         about = self._about
         note(f"{self._config.model} · {about.name} on {about.device_name} · /help for help")
 
-    def take(self, text: str) -> bool:
+    def handle(self, text: str) -> bool:
         """Runs the command of a turn, or answers its message; returns False to end the session."""
         try:
             if (command := parse_command(text)) is not None:
-                return self._obey(*command)
+                return self._run_command(*command)
             if text.strip():
                 self._reply(message_of(text))
         except HotloopError as error:
@@ -237,36 +239,36 @@ class Session:
         except KeyboardInterrupt:
             if self.ctrl_c is None:
                 raise
-            note("Stopped. The conversation is as it was.")
+            note("Stopped. The conversation is unchanged.")
         return True
 
-    def _obey(self, name: str, text: str) -> bool:
+    def _run_command(self, name: str, text: str) -> bool:
         match name:
             case "/quit" | "/exit":
                 return False
             case "/help":
                 note(HELP)
             case "/reset":
-                self._talk.exchanges.clear()
+                self._conversation.exchanges.clear()
                 self._context_used = 0
-                kept = "; the system message stays." if self._talk.system else "."
+                kept = "; the system message stays." if self._conversation.system else "."
                 note(f"The conversation is forgotten{kept}")
             case "/continue":
                 self._reply(None)
             case "/stats":
                 note(self._stats())
             case "/system":
-                self._talk.system = text or self._talk.system
-                note(f"System message: {self._talk.system or 'none'}")
+                self._conversation.system = text or self._conversation.system
+                note(f"System message: {self._conversation.system or 'none'}")
             case _:
                 raise AssertionError(f"no command {name!r}")
         return True
 
     def _reply(self, text: str | None) -> None:
-        before = len(self._talk.exchanges)
-        ids, dropped = self._talk.prompt(text)
+        before = len(self._conversation.exchanges)
+        ids, dropped = self._conversation.prompt(text)
         if dropped:
-            note(f"The context is full: forgot {dropped} of {before} exchanges, oldest first.")
+            note(f"The context is full: the oldest {dropped} of {before} exchanges were dropped.")
         writer = SILENT if self._json else writer_for(sys.stdout)
         # A limit on the length of answers never refuses one.
         room = self._about.max_seq_len - len(ids)
@@ -276,7 +278,7 @@ class Session:
         with self.ctrl_c.while_answering() if self.ctrl_c else NO_CTRL_C as stopped:
             answer = relay(self._llm.stream([ids], params), writer, stopped)
         if answer.text:
-            self._talk.add(text, answer.text)
+            self._conversation.add(text, answer.text)
         self._answers.append(answer)
         self._context_used = len(ids) + len(answer.token_ids)
         if self._json:
@@ -319,7 +321,10 @@ def message_of(text: str) -> str:
     if re.fullmatch(r"\s*/\w+\s*", text):
         nearest = difflib.get_close_matches(shorten(text.strip()), _NAMES, n=1, cutoff=0.75)
         if nearest:
-            note(f"{text.strip()} is no command, so it is a message. {nearest[0]} is one.")
+            note(
+                f"{text.strip()} is not a command, so it is sent as a message. "
+                f"Did you mean {nearest[0]}?"
+            )
     return text
 
 

@@ -1,4 +1,4 @@
-"""``hotloop compare``: is B worse than A?"""
+"""``hotloop compare``: decides whether measurement B is worse than measurement A."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _loss(_type: object, tokens: Sequence[Token]) -> float:
 @app.default
 def compare(
     a: Annotated[str, option(OUTPUT, "A results folder or a file of records; or PATH:CELL.")],
-    b: Annotated[str, option(OUTPUT, "The same, to be judged against A.")],
+    b: Annotated[str, option(OUTPUT, "The results to compare with A, given in the same way.")],
     /,
     *,
     max_slowdown: Annotated[
@@ -90,13 +90,13 @@ def compare(
     ] = MAX_ACCURACY_LOSS,
     json: Json = False,
 ) -> int:
-    """Tell whether one measurement is slower or worse than another.
+    """Decide whether one measurement is slower or worse than another.
 
     Speed, perplexity and answers to tasks are compared, as far as both have them.
     Cells are matched by configuration, or by name; two sets of one cell each are
-    compared whatever their configurations. A verdict must be shown by an interval:
-    the exit code is 0 for no worse, 1 for worse, and 2 for undecided. An invalid
-    command line ends with 2 as well.
+    compared whatever their configurations. A verdict needs a confidence interval
+    that excludes the other outcome. The exit code is 0 for no worse, 1 for worse,
+    and 2 for undecided. An invalid command line ends with 2 as well.
     """
     from hotloop.report.compare import EXIT_CODES, read_set
     from hotloop.report.compare import compare as compare_sets

@@ -28,9 +28,10 @@ def note_cache() -> None:
 
 
 def note_engine(notes: Sequence[str]) -> None:
-    """Prints an engine's notes; each reason against kernels once, with all of its kernels.
+    """Prints an engine's notes.
 
-    These reasons come first, since other notes can name the kernels that are used instead.
+    Kernels that are not used for the same reason share one note. These notes come first, since
+    other notes can name the kernels that are used instead.
     """
     names: dict[str, list[str]] = {}
     others = []
@@ -125,9 +126,11 @@ def raw_prompt(llm: LLM, text: str, *, special: bool) -> str | list[int]:
     assert tokenizer is not None, "a checkpoint comes with a tokenizer"
     if special:
         ids = tokenizer.encode(text, parse_special=True)
-        spelled = ids[:2] == [tokenizer.bos_id] * 2  # its own, after the one put in front
+        spelled = (
+            ids[:2] == [tokenizer.bos_id] * 2
+        )  # the text's own BOS, after the one that encoding adds
         return ids[1:] if spelled else ids
     if spelled := tokenizer.control_tokens_in(text):
         names = ", ".join(spelled)
-        note(f"The prompt spells {names}, which is taken as text: --special parses control tokens.")
+        note(f"The prompt contains {names} as plain text. Add --special to parse control tokens.")
     return text

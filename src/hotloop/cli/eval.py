@@ -39,18 +39,18 @@ def evaluate(
     engine: EngineOptions = DEFAULT_ENGINE,
     quality: QualityOptions = DEFAULT_QUALITY,
     no_reference: Annotated[
-        bool, option(QUALITY, "Only perplexity, without a comparison.")
+        bool, option(QUALITY, "Measure perplexity alone, without a comparison.")
     ] = False,
     json: Json = False,
 ) -> int:
-    """Score one configuration: perplexity, tasks, and the loss by quantization.
+    """Score one configuration: perplexity, tasks, and the loss due to quantization.
 
     The reference is the unquantized model in the same element type. It is scored
-    first, on the same windows of text and the same tasks, and stored for later.
+    first, on the same windows of text and the same tasks, and cached.
     Where the model's file is quantized, the comparison is with its weights as they
     are stored, unless --reference names an unquantized model; --against names any
     other. With --tasks there is a verdict on accuracy: pass, fail, or underpowered.
-    Windows longer than 1,024 tokens have figures by depth. --json prints a record, as
+    Windows longer than 1,024 tokens also get figures by position. --json prints a record, as
     a sweep writes it, without speed. The exit code is 0 if it was scored, whatever
     the figures; 2 if the configuration is refused; and 1 if it failed or did not fit.
     """
@@ -74,7 +74,7 @@ def evaluate(
     if (record := refuse_cell(job)) is None:
         with SweepProgress() as progress, ReferenceStore() as store:
             if no_reference:
-                job = job.model_copy(update={"no_reference": "not asked for"})
+                job = job.model_copy(update={"no_reference": "not requested"})
             elif is_reference(job):
                 why = "it is the unquantized reference itself"
                 job = job.model_copy(update={"no_reference": why})

@@ -39,7 +39,7 @@ Examples:
 
 
 MAX_PROMPT_CHARS = 2**26
-"""The longest prompt that is read: more than any context, and less than memory can hold."""
+"""The longest prompt that is read, in characters: longer than any context, and small in memory."""
 
 
 @app.default
@@ -79,7 +79,7 @@ def generate(
     The text streams to standard output; its figures follow on standard error.
     Without --max-new-tokens, the answer ends after as many tokens as the model's
     generation config suggests, or after 256, or when the context is full.
-    With --n, answers follow one another; with --json, one object per line.
+    With --n, answers are printed one after another; with --json, one object per line.
     """
     sampling.check(json=json)
     if chat and special:

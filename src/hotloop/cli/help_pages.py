@@ -1,6 +1,6 @@
 """``python -m hotloop.cli.help_pages``: writes the help pages that ``main`` prints.
 
-The pages are cyclopts' own output, 80 columns wide and without colours. Run this after any change
+The pages are cyclopts' own output, 80 columns wide and without colors. Run this after any change
 of a command or an option; a test fails until then.
 """
 

@@ -1,4 +1,4 @@
-"""``hotloop info``: describes this machine, or a model and whether it fits here."""
+"""``hotloop info``: describes this machine, or a model and whether it fits on this machine."""
 
 from __future__ import annotations
 
@@ -70,18 +70,18 @@ def info(
     fit: FitOptions = DEFAULT_FIT,
     json: Json = False,
 ) -> int:
-    """Show what this machine is, or with MODEL whether a model fits it.
+    """Describe this machine, or show whether MODEL fits on it.
 
     For the machine, it shows devices, memory, read bandwidth as measured now, and
     the execution modes that run here. For a model, it shows its shape, its
-    parameters, the types its file stores, the kernel that reads each of them here,
-    and the memory that it takes under each scheme. With --tp, that is the memory of
-    the rank that holds most, and a scheme that cannot be split over so many ranks is
-    listed with the numbers of ranks that work. Nothing is loaded.
+    parameters, the types that its file stores, the kernel that reads each of them
+    here, and the memory that it takes under each scheme. With --tp, that is the
+    memory of the largest rank; for a scheme that cannot be split over that many
+    ranks, the numbers of ranks that work are listed. Nothing is loaded.
     """
     if model is None:
         note_cache()
-        about = machine()
+        about = describe_machine()
         print_json(about) if json else _show_machine(about)
     else:
         with spinner(_forecasting(model)):
@@ -94,7 +94,7 @@ def info(
             schemes = listed(quant or (NESTED_SCHEMES if nested else SCHEMES))
             for scheme in schemes:
                 parse_scheme(scheme)
-            about = anatomy(config, schemes)
+            about = describe_model(config, schemes)
         print_json(about) if json else _show_model(about)
     return 0
 
@@ -106,7 +106,7 @@ def _forecasting(model: str) -> str:
     return f"{model}: forecasting its memory{_BUILT}"
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Returns the host, and each device with its memory, bandwidth and execution modes."""
     with long_step("Finding the devices of this machine"):
         import torch
@@ -127,7 +127,7 @@ def machine() -> dict[str, Any]:
                 "device": str(device),
                 **provenance["device"],
                 "free_bytes": hardware.free_bytes(device),
-                "execution": execution(device),
+                "execution": execution_modes(device),
             }
             for device, provenance in zip(devices, provenances, strict=True)
         ]
@@ -139,7 +139,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def execution(device: torch.device) -> dict[str, dict[str, Any]]:
+def execution_modes(device: torch.device) -> dict[str, dict[str, Any]]:
     """Returns for each execution mode whether it runs on ``device``, and why not."""
     from hotloop.engine.forward import compile_unavailable_reason
     from hotloop.kernels import cpu
@@ -147,17 +147,17 @@ def execution(device: torch.device) -> dict[str, dict[str, Any]]:
 
     reasons: dict[str, str | None] = {"eager": None}
     if device.type == "cpu":
-        reasons["eager with own kernels"] = cpu.unavailable_reason()
+        reasons["eager with CPU kernels"] = cpu.unavailable_reason()
     reasons["compile"] = compile_unavailable_reason(device)
     reasons["fused"] = launch.unavailable_reason(device)
     return {name: {"available": not why, "reason": why} for name, why in reasons.items()}
 
 
-def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
+def describe_model(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
     """Returns a model's shape, and the memory of a rank of ``config`` under each scheme.
 
-    For a scheme that does not fit the model, or cannot be split over ranks, the entry has the
-    reason in place of bytes.
+    For a scheme that the model does not support, or that cannot be split over the ranks, the entry
+    has the reason in place of bytes.
     """
     from hotloop.engine.memory import predict_memory
     from hotloop.engine.setup import prepare
@@ -221,7 +221,7 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
 
 
 def _layers(model: ModelConfig) -> list[dict[str, Any]]:
-    """Returns the distinct layers of a model, or of a rank's shard, with their numbers."""
+    """Returns the distinct layers of a model, or of a rank's shard, and the count of each."""
     return [{"count": n} | asdict(kind) for kind, n in model.kinds.items()]
 
 
@@ -307,15 +307,15 @@ def _show_machine(about: dict[str, Any]) -> None:
             ("read bandwidth", f"{measured / 1e9:,.1f} GB/s measured"),
         ]
         if quoted:
-            pairs.append(("", f"{quoted / 1e9:,.0f} GB/s by its datasheet"))
+            pairs.append(("", f"{quoted / 1e9:,.0f} GB/s per datasheet"))
         for name, how in device["execution"].items():
             pairs.append((name, "yes" if how["available"] else f"no: {how['reason']}"))
     print_pairs(pairs)
 
 
 def _heads(attention: dict[str, Any]) -> str:
-    query, pairs, width = (attention[key] for key in ("n_heads", "n_kv_heads", "head_dim"))
-    return f"{query} query, {pairs} key/value, {width} wide"
+    query, pairs, head_dim = (attention[key] for key in ("n_heads", "n_kv_heads", "head_dim"))
+    return f"{query} query, {pairs} key/value, head_dim {head_dim}"
 
 
 def _by_kind(values: Iterable[tuple[int, object]]) -> str:
@@ -361,7 +361,7 @@ def _show_model(about: dict[str, Any]) -> None:
             *([("stored as", about["stored"]["summary"])] if about["stored"] else []),
             ("family", about["family"]),
             ("parameters", f"{about['n_params']:,}"),
-            ("layers", f"{about['n_layers']}, {about['hidden_size']} wide"),
+            ("layers", f"{about['n_layers']}, hidden size {about['hidden_size']}"),
             ("heads", _by_kind((n, _heads(attention)) for n, attention, _ in kinds)),
             ("feed-forward", _by_kind((n, f["intermediate_size"]) for n, _, f in kinds)),
             ("vocabulary", f"{about['vocab_size']:,}, tied: {_yes(about['tie_embeddings'])}"),
@@ -374,7 +374,7 @@ def _show_model(about: dict[str, Any]) -> None:
     _show_formats(about["formats"], about["device"])
     room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
     where = f"{of_rank} on {about['device']}"
-    print_text(f"\nMemory{where} with {room}; weights include rotary tables for them:\n")
+    print_text(f"\nMemory{where} with {room}; weights include rotary tables for these tokens:\n")
     rows = about["memory"]
     print_memory("quant", ((r["quant"], r, r.get("fits"), r.get("unsupported")) for r in rows))
 
@@ -386,13 +386,13 @@ _FEW_KINDS = 3
 def _show_formats(formats: list[dict[str, Any]], device: str) -> None:
     """Prints the encodings and kernels of matrices, with the reasons for slower kernels.
 
-    Bits are per weight, including its share of scales: in the file, and in the kernel's layout.
+    Bits are per weight, with its share of the scales: in the file, and in the kernel's layout.
     """
     from rich.table import Table
 
     if not formats:
         return
-    print_text(f"\nMatrices as they are stored, and what reads them on {device}:\n")
+    print_text(f"\nMatrices as they are stored, and the kernels that read them on {device}:\n")
     whole = sum(entry["n_bytes"] for entry in formats) or 1
     headings = ("stored as", "number format", "matrices", "share of bytes")
     table = Table(*headings, "bits", "kernel", "bits read", box=None, pad_edge=False)

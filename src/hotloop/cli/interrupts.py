@@ -13,8 +13,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
-_AGAIN_S = 0.02
-"""Polling interval of the end of the import, in seconds."""
+_POLL_S = 0.02
+"""Seconds between two checks whether an import has ended."""
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def ctrl_c_after_imports() -> Generator[None]:
         if not _imports(frame):
             raise KeyboardInterrupt
         if not any(timer.is_alive() for timer in timers):
-            timers[:] = [threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT))]
+            timers[:] = [threading.Timer(_POLL_S, os.kill, (os.getpid(), signal.SIGINT))]
             timers[0].daemon = True
             timers[0].start()
 

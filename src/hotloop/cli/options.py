@@ -113,7 +113,7 @@ Json = Annotated[bool, option(OUTPUT, "Print JSON instead of text for people.")]
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """Options of a command that belong together."""
+    """A group of options of a command."""
 
     def given(self) -> dict[str, Any]:
         """Returns the options that differ from their defaults."""
@@ -122,7 +122,7 @@ class _Options:
 
 
 class _OneEngine(_Options):
-    """One engine: the levers that belong to a group."""
+    """Options of one engine: the levers that have a group."""
 
     def config(self, model: str) -> EngineConfig:
         """Makes the configuration of ``model``, read from its checkpoint."""
@@ -130,9 +130,9 @@ class _OneEngine(_Options):
 
 
 class _ServedEngine(_OneEngine):
-    """One engine that serves several requests at once."""
+    """Options of an engine that serves several requests at once."""
 
-    def over(self, config: EngineConfig) -> dict[str, Any]:
+    def overrides(self, config: EngineConfig) -> dict[str, Any]:
         """Returns the levers that differ in this engine from a measured configuration.
 
         They are the given levers, and a server's defaults for levers that the configuration leaves
@@ -145,7 +145,7 @@ class _ServedEngine(_OneEngine):
 
 
 class _ManyEngines(_Options):
-    """Many engines: the same levers, each with several values."""
+    """Options of several engines: the same levers, each with several values."""
 
     def matrix(self) -> dict[str, list[Any]]:
         """Returns the levers with several values, given or by default."""
@@ -190,7 +190,7 @@ def _one_value(name: str) -> tuple[str, Any, Any]:
 
 
 def _served_value(name: str) -> tuple[str, Any, Any]:
-    """A lever of a server's engine, which can have another default."""
+    """Makes the option of a lever of a server's engine, whose default can differ."""
     if name not in _SERVED_WORDS:
         return _one_value(name)
     hint: Any = _HINTS[name]
@@ -218,7 +218,7 @@ SERVED_DEFAULTS = {"max_batch_size": 8, "prefix_cache": "chunks"}
 
 _SERVED_WORDS = {name: str(value) for name, value in SERVED_DEFAULTS.items()}
 _SERVED_WORDS["prefill_chunk"] = f"{LEAST_PREFILL_CHUNK}, on a CPU {EXACT_CPU_CHUNK}"
-"""A server's defaults in words; of a chunk see ``setup.served_prefill_chunk``."""
+"""A server's defaults in words. ``setup.served_prefill_chunk`` decides the prefill chunk."""
 
 GROUPED = tuple(name for name, of in LEVERS.items() if of.group is not None)
 """The levers with an option of their own."""
@@ -248,7 +248,7 @@ else:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions(_Options):
-    """Measuring without a checkpoint: random weights of a model's shape."""
+    """Options for measuring without a checkpoint: random weights of a model's shape."""
 
     weights: Annotated[
         WeightSource | None,
@@ -285,15 +285,17 @@ class WeightOptions(_Options):
 class ReplacementOptions(_Options):
     """Replacements of a recipe's models and interpreters; see ``sweep.recipe.replace_models``."""
 
-    model: Annotated[str | None, option(MODEL, "With a recipe: in place of its model.")] = None
+    model: Annotated[
+        str | None, option(MODEL, "With a recipe: the model to use in place of the recipe's.")
+    ] = None
     draft_model: Annotated[
-        str | None, option(MODEL, "With a recipe: in place of its draft model.")
+        str | None, option(MODEL, "With a recipe: the draft model to use in place of the recipe's.")
     ] = None
     checkpoint: Annotated[
         tuple[str, ...],
         option(
             MODEL,
-            "ENGINE=PATH, with a recipe: the model in the form that another engine reads, such as "
+            "ENGINE=PATH, with a recipe: the checkpoint that another engine reads, such as "
             "vllm=./my-model-awq. Can be repeated.",
         ),
     ] = ()
@@ -301,7 +303,7 @@ class ReplacementOptions(_Options):
         tuple[str, ...],
         option(
             EXECUTION,
-            "ENGINE=PATH, with a recipe: the interpreter that has another engine, such as "
+            "ENGINE=PATH, with a recipe: the interpreter with another engine installed, such as "
             "vllm=~/vllm/bin/python. Can be repeated.",
         ),
     ] = ()
@@ -357,7 +359,7 @@ class TemplateOptions(_Options):
                     "enable_thinking=false."
                 )
             if name in RESERVED_VARIABLES or name in variables:
-                problem = "is given twice" if name in variables else "is not for you to set"
+                problem = "is given twice" if name in variables else "is set by hotloop"
                 raise ConfigError(f"--template-arg {shorten_value(argument)}: {name} {problem}.")
             variables[name] = _json_or_text(value)
         return variables
@@ -393,17 +395,25 @@ class SamplingOptions(_Options):
 
     max_new_tokens: Annotated[
         int | None,
-        integer(SAMPLING, "Tokens to produce, at most.", "see above", alias="-n"),
+        integer(SAMPLING, "The most tokens to generate.", "see above", alias="-n"),
     ] = None
     min_new_tokens: Annotated[
-        int | None, integer(SAMPLING, "Tokens before the answer may end by itself.")
+        int | None,
+        integer(
+            SAMPLING, "The fewest tokens to generate before an end-of-sequence token is allowed."
+        ),
     ] = None
     n: Annotated[
-        int | None, integer(SAMPLING, "Answers to the prompt, answer i with the seed + i.")
+        int | None,
+        integer(SAMPLING, "The number of answers to the prompt; answer i has the seed plus i."),
     ] = None
     temperature: Annotated[
         float | None,
-        option(SAMPLING, "0 takes the most likely token, always.", "the model's own, or 0"),
+        option(
+            SAMPLING,
+            "Sampling temperature; 0 always selects the most likely token.",
+            "the model's own, or 0",
+        ),
     ] = None
     top_k: Annotated[
         int | None, integer(SAMPLING, "Keep the k most likely tokens; 0 keeps all.")
@@ -416,7 +426,8 @@ class SamplingOptions(_Options):
         option(SAMPLING, "Keep tokens at least this fraction as likely as the most likely."),
     ] = None
     repetition_penalty: Annotated[
-        float | None, option(SAMPLING, "Above 1, tokens seen before become less likely.")
+        float | None,
+        option(SAMPLING, "Above 1, tokens of the prompt and the answer become less likely."),
     ] = None
     presence_penalty: Annotated[
         float | None,
@@ -431,23 +442,24 @@ class SamplingOptions(_Options):
         option(SAMPLING, "ID=NUMBER, added to a token's logit; -100 bans it. Can be repeated."),
     ] = ()
     seed: Annotated[
-        int | None, integer(SAMPLING, "Makes the answer reproducible.", "a fresh one each time")
+        int | None,
+        integer(SAMPLING, "Seed of sampling, for reproducible answers.", "a new one each time"),
     ] = None
     stop: Annotated[
         tuple[str, ...], option(SAMPLING, "Text that ends the answer; can be repeated.")
     ] = ()
-    ignore_eos: Annotated[bool, option(SAMPLING, "Continue past the end of the answer.")] = False
+    ignore_eos: Annotated[bool, option(SAMPLING, "Ignore end-of-sequence tokens.")] = False
     logprobs: Annotated[
         int | None,
         integer(SAMPLING, "With --json: log-probabilities, with this many alternatives."),
     ] = None
     json_schema: Annotated[
         str | None,
-        option(SAMPLING, "A JSON schema that the answer follows, or the file of one."),
+        option(SAMPLING, "A JSON schema, or a file with one, that the answer must follow."),
     ] = None
     grammar: Annotated[
         Path | None,
-        option(SAMPLING, "A file with a grammar that the answer follows, in Lark's notation."),
+        option(SAMPLING, "A file with a grammar, in Lark's notation, that the answer must follow."),
     ] = None
 
     def check(self, *, json: bool) -> None:
@@ -518,7 +530,7 @@ class WorkloadOptions(_Options):
 
     prompt_tokens: Annotated[int, integer(WORKLOAD, "Tokens in each prompt.")] = 128
     new_tokens: Annotated[int, integer(WORKLOAD, "Tokens decoded for each prompt.")] = 128
-    batch: Annotated[int, integer(WORKLOAD, "Prompts at once.")] = 1
+    batch: Annotated[int, integer(WORKLOAD, "Prompts that are decoded together.")] = 1
     repeats: Annotated[int, integer(WORKLOAD, "Timed runs, after one warm-up run.")] = 5
     workload_seed: Annotated[int, integer(WORKLOAD, "Seed of the prompts.")] = 0
 
@@ -536,7 +548,7 @@ class QualityOptions(_Options):
 
     text: Annotated[
         Path | None,
-        option(QUALITY, "A UTF-8 text to predict.", "the help topics that come with Python"),
+        option(QUALITY, "A UTF-8 text file to score.", "the help topics that come with Python"),
     ] = None
     window: Annotated[int, integer(QUALITY, "Tokens in a window of the text.")] = 512
     n_windows: Annotated[int, integer(QUALITY, "The most windows to score.")] = 16
@@ -570,7 +582,7 @@ class QualityOptions(_Options):
     ] = 200
     protocols: Annotated[
         str,
-        option(QUALITY, "Protocols of perplexity, separated by commas: gptq, llama.cpp, lm-eval."),
+        option(QUALITY, "Perplexity protocols, separated by commas: gptq, llama.cpp, lm-eval."),
     ] = "gptq"
 
     def fields(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Output: data goes to stdout, everything else to stderr.
 
 Every text of a command is printed here or in ``stream``, which make it printable, since it can
-contain text from files, paths and recipes. rich decides about colours (NO_COLOR, no terminal).
+contain text from files, paths and recipes. rich decides about colors (NO_COLOR, no terminal).
 """
 
 from __future__ import annotations
@@ -39,21 +39,23 @@ def open_streams() -> bool:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: the closed stream's
     if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (as long as the process)
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (stays open until the process ends)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # a locale may have bytes made lone surrogates
+        sys.stdin.reconfigure(
+            errors="strict"
+        )  # else some locales decode invalid bytes to lone surrogates
     return sys.stdout is not None
 
 
 def discard_output() -> None:
     """Discards the buffer of stdout if it cannot be written.
 
-    Python flushes stdout once more when it ends, and would complain.
+    Python flushes stdout once more when it ends, and would print an error.
     """
     try:
         sys.stdout.flush()
@@ -176,7 +178,12 @@ def print_memory(
 
 
 def note(text: str, *, fold: bool = True) -> None:
-    """Prints a note on stderr, dim on a terminal; with ``fold=False`` as a line to copy."""
+    """Prints a note on stderr, dim on a terminal.
+
+    Args:
+        text: The note.
+        fold: Fold it at words on a terminal. Without folding it is one line that can be copied.
+    """
     console = stderr()
     # Lines are folded at words for a terminal, and left alone for a log.
     plain = not (console.is_terminal and fold)
@@ -184,7 +191,7 @@ def note(text: str, *, fold: bool = True) -> None:
 
 
 def print_rich(table: RenderableType) -> None:
-    """Prints a table by rich: as wide as the terminal, or wide enough for a log or a file."""
+    """Prints a table with rich: as wide as the terminal, or ``PIPE_WIDTH`` columns elsewhere."""
     from hotloop.console import SafeConsole
 
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -213,14 +220,14 @@ def spinner(label: str) -> Generator[Callable[[str], None]]:
 
 @contextmanager
 def long_step(label: str) -> Generator[None]:
-    """Announces a long step on stderr: by a spinner, or by a line if it is no terminal."""
+    """Announces a long step on stderr, with a spinner on a terminal and else with a line."""
     announce(label)
     with spinner(label):
         yield
 
 
 def announce(label: str) -> None:
-    """Prints the line of a long step if stderr, being no terminal, shows no spinner."""
+    """Prints the label of a long step if stderr is not a terminal, which shows no spinner."""
     if not stderr().is_terminal:
         note(f"{label} …")
 

@@ -1,4 +1,4 @@
-"""``hotloop pull``: fetches a model by its name."""
+"""``hotloop pull``: downloads a model by its name."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Examples:
 
 @app.default
 def pull(
-    name: Annotated[str, option(MODEL, "A short name, or ORG/MODEL of the Hugging Face hub.")],
+    name: Annotated[str, option(MODEL, "A short name, or ORG/MODEL on the Hugging Face hub.")],
     /,
     *,
     json: Json = False,
 ) -> int:
-    """Fetch a model, and print where it is.
+    """Download a model, and print its path.
 
-    A model that is here already is only checked. Afterwards every command knows it by name.
+    A model that was downloaded before is only verified. Then every command accepts its name.
     """
     from hotloop.weights import hub
 

@@ -22,9 +22,9 @@ Examples:
 
 _SCHEMES = (
     "Weight quantization: int8, int8-gN (N 32, 64 or 128), fp8, int4 (that is int4-g128), int4-gN, "
-    "int4-gN-asym (with offsets), or int4-gN-zp (with zero points); -cal after one of int4, such "
-    "as int4-g64-cal, fits its scales to the activations of the model. none quantizes only the "
-    "head."
+    "int4-gN-asym (with offsets), or int4-gN-zp (with zero points); -cal after an int4 scheme, "
+    "such as int4-g64-cal, fits its scales to the activations of the model. none quantizes only "
+    "the head."
 )
 
 _HEADS = (
@@ -36,15 +36,15 @@ _CALIBRATION = (
     "but not the text on which its quality is measured."
 )
 _FORMATS = (
-    "hotloop's own, or compressed-tensors, which vLLM and transformers load, too: int8, "
-    "int8-gN, fp8, int4-gN, int4-gN-zp."
+    "hotloop's own format, or compressed-tensors, which vLLM and transformers also load and which "
+    "holds int8, int8-gN, fp8, int4-gN and int4-gN-zp."
 )
 
 
 @app.default
 def quantize(
     model: Model,
-    out: Annotated[Path, option(OUTPUT, "The folder to make.")],
+    out: Annotated[Path, option(OUTPUT, "The folder to create.")],
     /,
     *,
     quant: Annotated[str, lever_option("quant", _SCHEMES)],
@@ -56,7 +56,7 @@ def quantize(
     """Write a quantized copy of a model.
 
     Loading the copy gives the same bits as quantizing on load, and is faster. One
-    tensor is in memory at a time; to calibrate scales, one layer in float32.
+    tensor is in memory at a time, or while scales are calibrated one layer in float32.
     """
     from hotloop.weights.hub import resolve_model
     from hotloop.weights.quantize import quantize_checkpoint

@@ -35,12 +35,12 @@ def report(
         Path,
         option(
             OUTPUT,
-            "Further results folders, which --html, --png and --layout reference join.",
+            "Further results folders to combine, with --html, --png or --layout reference.",
         ),
     ],
     layout: Annotated[
         Literal["full", "reference"],
-        option(OUTPUT, "full has every figure; reference has tokens/s, in a table per model."),
+        option(OUTPUT, "full shows every figure; reference shows tokens/s, in a table per model."),
     ] = "full",
     form: Annotated[
         Literal["table", "markdown", "csv", "json"],
@@ -76,7 +76,7 @@ def report(
     """Print the table of a sweep, and its recommendation.
 
     The last attempt of each configuration counts. Lines that are damaged or
-    half-written are named on standard error and left out. --layout reference has
+    incomplete are skipped, with a note on standard error. --layout reference is
     the layout of published tables of decoding speed.
     """
     from hotloop.report import page, table
@@ -89,8 +89,8 @@ def report(
 
     if more and layout == "full" and not (html or png):
         raise ConfigError(
-            f"{1 + len(more)} results folders: only --html, --png and --layout reference join "
-            "them. Give one."
+            f"{1 + len(more)} results folders were given, but only --html, --png and "
+            "--layout reference combine several. Give one."
         )
     if out is not None and not (html or png):
         raise ConfigError("--out is the file of --html: add --html, or redirect the output.")

@@ -1,4 +1,4 @@
-"""``measured_config``: finds the configuration in a sweep's results that a command runs."""
+"""``measured_config``: finds the configuration that a command runs in a sweep's results."""
 
 from __future__ import annotations
 
@@ -84,20 +84,25 @@ def _split(text: str) -> tuple[Path, str | None]:
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:  # no file can have this name, or nobody may look
+    except OSError:  # no file can have this name, or its folder may not be read
         return False
 
 
 def _config(record: Record) -> EngineConfig:
     if "model" not in record.config:
-        raise ConfigError(f"{record.cell}: its record names no model.")
+        raise ConfigError(
+            f"{record.cell}: its record names no model. Give MODEL and options, not --config."
+        )
     given: dict[str, Any] = {
         name: value
         for name, value in record.config.items()
         if name in ("model", *levers()) and name not in FILLED_IN
     }
     if given.get("assume_acceptance") is not None:
-        raise ConfigError(f"{record.cell}: its acceptance was assumed: it cannot be served.")
+        raise ConfigError(
+            f"{record.cell} was measured with an assumed acceptance and cannot be served: name "
+            "another cell."
+        )
     if (ran := (record.engine or {}).get("execution")) is not None:
         given["execution"] = ran
     return EngineConfig(**given)

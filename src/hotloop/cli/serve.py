@@ -1,4 +1,4 @@
-"""``hotloop serve``: serves a model by OpenAI's API."""
+"""``hotloop serve``: serves a model through OpenAI's API."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class ServerOptions:
     ] = "127.0.0.1"
     port: Annotated[int, integer(SERVER, "Port to listen on; 0 takes a free one.")] = 8000
     name: Annotated[
-        str | None, option(SERVER, "The model's name in the API.", "its own, or its file's")
+        str | None, option(SERVER, "The model's name in the API.", "the name of its folder or file")
     ] = None
     api_key_file: Annotated[
         Path | None,
         option(
             SERVER,
-            "A file of API keys, one per line; a request must have one of them. The variable "
-            f"{API_KEY} can hold another key.",
+            "A file of API keys, one per line; a request must have one of them. The environment "
+            f"variable {API_KEY} can hold another key.",
             "no keys",
         ),
     ] = None
@@ -78,7 +78,7 @@ class ServerOptions:
         option(
             SERVER,
             "A host name that requests may be sent to. Can be repeated.",
-            "on a loopback address its names, else any",
+            "the names of the loopback address if --host is one, else any",
         ),
     ] = ()
     cors_origin: Annotated[
@@ -95,11 +95,14 @@ class ServerOptions:
         option(
             SERVER,
             "Format of the model's tool calls: hermes (also for Qwen), llama3 or mistral. auto "
-            "decides by the chat template and the vocabulary.",
+            "detects it from the chat template and the vocabulary.",
         ),
     ] = "auto"
     max_queued: Annotated[
-        int, integer(SERVER, "The most answers that may wait; further requests are refused.")
+        int,
+        integer(
+            SERVER, "The most answers that may wait in the queue; further requests are refused."
+        ),
     ] = 64
     drain_s: Annotated[
         float, option(SERVER, "Seconds that running requests may take after the server is stopped.")
@@ -128,7 +131,9 @@ class ServerOptions:
             raise ConfigError(f"--drain-s must be between 0 and 86400, not {self.drain_s}.")
         keys = [os.environ.get(API_KEY, "").strip()]
         if (file := self.api_key_file) is not None:
-            text = read_text(file, refuse=config_error).removeprefix("\ufeff")  # of some editors
+            text = read_text(file, refuse=config_error).removeprefix(
+                "\ufeff"
+            )  # some editors write a byte-order mark
             in_file = [line.strip() for line in text.splitlines()]
             if not any(in_file):
                 raise config_error(file, "holds no API key")
@@ -178,7 +183,7 @@ def serve(
         option(
             MODEL,
             "RESULTS or RESULTS:CELL instead of MODEL: the configuration that a sweep's results "
-            "recommend, or another of its cells, as it was measured. Other options change it.",
+            "recommend, or another of its cells, as it was measured. Other options override it.",
         ),
     ] = None,
     template: TemplateOptions = DEFAULT_TEMPLATE,
@@ -186,9 +191,9 @@ def serve(
     weights: WeightOptions = DEFAULT_WEIGHTS,
     server: ServerOptions = DEFAULT_SERVER,
 ) -> int:
-    """Serve a model behind OpenAI's API.
+    """Serve a model through OpenAI's API.
 
-    Clients of OpenAI's API take the address that is shown as their base URL.
+    Set the printed address as the base URL of clients of OpenAI's API.
     Ctrl-C, or SIGTERM, stops the server once running requests have ended.
     """
     _check_packages()
@@ -201,15 +206,17 @@ def serve(
     settings = server.settings(chosen.model, template)
     ConversationFormat(template).check(chosen.model, [{"role": "user", "content": "Hello"}])
     with _terminated_cleanly(), _http_server(settings, server) as http, loaded(chosen) as llm:
-        with spinner(f"{settings.name}: preparing for {llm.config.max_batch_size} at once"):
+        with spinner(
+            f"{settings.name}: preparing for {llm.config.max_batch_size} sequences at once"
+        ):
             service = Service(llm, loop=http.loop, max_queued=server.max_queued)
         with service, _stopped_by_signals(http):
             http.attach(service)
-            gc.freeze()  # else a full collection, of all that loading has made, pauses answers
+            gc.freeze()  # else a full garbage collection of the loaded model pauses answers
             _announce(http, service)
             works = http.wait()
             if works:
-                _tell_of_draining(service, settings)
+                _announce_draining(service, settings)
             else:
                 print_error(str(http.served.error or "the server has ended by itself."))
             http.close()  # before the service, whose requests may end
@@ -260,7 +267,7 @@ def _config(
 
     measured = measured_config(results)
     note(f"{measured.name} · {measured.why}")
-    return replace(measured.config, **engine.over(measured.config))
+    return replace(measured.config, **engine.overrides(measured.config))
 
 
 def _announce(http: HttpServer, service: Service) -> None:
@@ -271,10 +278,11 @@ def _announce(http: HttpServer, service: Service) -> None:
     sequences = f"{n} {'sequence' if n == 1 else 'sequences'} of {about.max_seq_len:,} tokens"
     note(f"{settings.name} · {name} on {about.device_name} · {sequences}")
     note(f"{http.url}/v1 · {'with an API key' if settings.keys else 'no API key'} · Ctrl-C stops")
-    note(f"{http.url} is a page to chat with it in a browser")
+    note(f"{http.url} is a chat page for browsers")
     if http.is_open_to_all:
         note(
-            f"Whoever reaches {settings.host} can use this server: set {API_KEY} or --api-key-file."
+            f"Everyone who can reach {settings.host} can use this server: set {API_KEY} or "
+            "--api-key-file."
         )
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.2})
     shown = f"${API_KEY}" if os.environ.get(API_KEY) else "KEY"
@@ -282,7 +290,7 @@ def _announce(http: HttpServer, service: Service) -> None:
     note(f"curl {http.url}/v1/chat/completions{key} -d '{body}'", fold=False)
 
 
-def _tell_of_draining(service: Service, settings: ServerSettings) -> None:
+def _announce_draining(service: Service, settings: ServerSettings) -> None:
     state = service.state()
     if n := state.n_running + state.n_waiting:
         running = "1 answer" if n == 1 else f"{n} answers"

@@ -32,7 +32,8 @@ class Answer:
         text: The text that was shown.
         token_ids: The tokens that arrived.
         finish_reason: Why it ended; ``interrupted`` is Ctrl-C.
-        timing: The engine's times; for a stopped answer, times measured here. None without a token.
+        timing: The engine's times; for a stopped answer, times measured here. None if no token
+            arrived.
         generation: The engine's ``Generation`` of a finished answer.
     """
 
@@ -66,7 +67,7 @@ class Answer:
         return self.generation.speculation if self.generation.speculation.n_steps else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything, as JSON can hold it."""
+        """Returns all figures as JSON values."""
         found: dict[str, Any] = {
             "text": self.text,
             "finish_reason": self.finish_reason,
@@ -157,7 +158,7 @@ class TerminalWriter:
         self._figure_shown = bool(figure) and fits and not self._resized
         shown = ""
         if self._figure_shown:
-            # Save the cursor, jump to the right edge, write, come back.
+            # Save the cursor, move to the right edge, write, restore the cursor.
             shown = f"\0337\033[{width - len(figure) + 1}G\033[2m{figure}\033[22m\0338"
         self._out.write(f"{wipe}{head}{newline}{tail}{shown}")
         self._out.flush()

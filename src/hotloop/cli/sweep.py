@@ -73,7 +73,7 @@ def sweep(
     no_quality: Annotated[bool, option(QUALITY, "Measure speed alone.")] = False,
     tolerance: Tolerance = MAX_DELTA_LN_PPL,
     timeout_s: Annotated[
-        float | None, option(EXECUTION, "Seconds that a configuration may take.", "1800")
+        float | None, option(EXECUTION, "Time limit of a configuration, in seconds.", "1800")
     ] = None,
     out: Annotated[
         Path | None,
@@ -95,8 +95,8 @@ def sweep(
         str | None,
         option(
             OUTPUT,
-            "Measure part i of n of the cells, given as i/n, into a folder of its own: n machines "
-            "share a matrix.",
+            "Measure part i of n of the cells, given as i/n, into a folder of its own, so that n "
+            "machines can share a matrix.",
             "all",
         ),
     ] = None,
@@ -109,7 +109,8 @@ def sweep(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, option(OUTPUT, "Only print the cells and the memory each would take.")
+        bool,
+        option(OUTPUT, "Print the cells and the memory that each would take, and measure nothing."),
     ] = False,
     json: Json = False,
 ) -> int:
@@ -136,12 +137,12 @@ def sweep(
         said = [*weights.given(), *matrix.given(), *workload.given(), *quality.given()]
         said += ["no_quality"] * no_quality + ["timeout_s"] * (timeout_s is not None)
         if fixed := [name for name in said if name not in ("weights", "shape")]:
-            raise ConfigError(f"{_flags(fixed)}: with a recipe, set it in {model}.")
+            raise ConfigError(f"{_flags(fixed)} cannot be given with a recipe: set it in {model}.")
         recipe = _recipe(model, weights, replacement)
     else:
         if given := replacement.given():
             raise ConfigError(
-                f"{_flags(given)}: only for a recipe. Without one, give "
+                f"{_flags(given)} can be given only with a recipe. Without one, give "
                 "MODEL, and the draft model to --draft."
             )
         name, axes = weights.model(model), matrix.matrix()

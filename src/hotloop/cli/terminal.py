@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from hotloop.errors import RequestError
 
 ReadLine = Callable[[str], str]
-"""Returns the next line, given the prompt to show; raises EOFError at the end."""
+"""A function that returns the next line, given the prompt to show; raises EOFError at the end."""
 
 _PASTES_MARKED, _PASTES_PLAIN = "\033[?2004h", "\033[?2004l"
 
@@ -68,7 +68,7 @@ class CtrlC:
 
 @contextmanager
 def line_reader() -> Generator[ReadLine]:
-    """Yields the function that reads a line: with editing in a terminal, else plainly.
+    """Yields the function that reads a line, with line editing in a terminal.
 
     In a terminal, pasted text of several lines counts as one line, and typing during an answer is
     not shown before the next prompt.
@@ -85,7 +85,7 @@ def line_reader() -> Generator[ReadLine]:
         try:
             return session.prompt(prompt, enable_suspend=True)
         finally:
-            _write_if(pastes, _PASTES_MARKED)  # while an answer comes, too
+            _write_if(pastes, _PASTES_MARKED)  # also while an answer arrives
 
     with _typing_hidden():
         try:
@@ -97,7 +97,7 @@ def line_reader() -> Generator[ReadLine]:
 def _read_plain_line(prompt: str) -> str:
     if sys.stdin.isatty():
         print(prompt, end="", file=sys.stderr, flush=True)
-    # Bytes, since a text stream decodes in large pieces: a bad byte would take earlier lines along.
+    # Bytes, since a text stream decodes large blocks: an invalid byte would lose earlier lines.
     source, encoding = getattr(sys.stdin, "buffer", sys.stdin), sys.stdin.encoding or "utf-8"
     line = source.readline()
     try:

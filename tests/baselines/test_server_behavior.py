@@ -8,7 +8,7 @@ import pytest
 from played_server import Habits, serve
 
 from hotloop.baselines.completions import Completion, CompletionsClient
-from hotloop.baselines.server_behaviour import Behaviour, find_out, loop_share
+from hotloop.baselines.server_behavior import ServerBehavior, loop_share, measure_server
 from hotloop.bench.record import Workload
 from hotloop.cli.app import main
 
@@ -17,12 +17,12 @@ TEXT = "the quick brown fox jumps over the lazy dog " * 3
 MANY_WORDS = tuple(f"w{i}" for i in range(50))
 
 
-def behaviour(habits: Habits, other: Habits | None = None) -> Behaviour:
+def behavior(habits: Habits, other: Habits | None = None) -> ServerBehavior:
     with serve(habits) as url, CompletionsClient(url) as client:
         if other is None:
-            return find_out(client, WORKLOAD, TEXT)
+            return measure_server(client, WORKLOAD, TEXT)
         with serve(other) as second, CompletionsClient(second) as against:
-            return find_out(client, WORKLOAD, TEXT, against=against)
+            return measure_server(client, WORKLOAD, TEXT, against=against)
 
 
 class Remembering:
@@ -48,7 +48,7 @@ class Remembering:
 
 
 def test_a_new_prompt_and_a_known_one_are_told_apart():
-    found = find_out(Remembering(), WORKLOAD, TEXT)
+    found = measure_server(Remembering(), WORKLOAD, TEXT)
     assert found.cold_ttft_s.samples == (1.0,) * 3
     assert found.warm_ttft_s.samples == (0.25,) * 3
     assert found.tpot_s.samples == (0.5,) * 6
@@ -58,7 +58,7 @@ def test_a_new_prompt_and_a_known_one_are_told_apart():
 
 def test_every_prompt_is_salted_and_asked_twice():
     habits = Habits()
-    behaviour(habits)
+    behavior(habits)
     prompts = [body["prompt"] for body in habits.asked[1:]]
     assert prompts[0::2] == prompts[1::2]
     assert len({prompt.split()[0] for prompt in prompts}) == 3
@@ -66,23 +66,23 @@ def test_every_prompt_is_salted_and_asked_twice():
 
 
 def test_pieces_and_tokens_are_counted():
-    found = behaviour(Habits(per_piece=4))
-    assert found.tokens_per_piece.mean == 4
+    found = behavior(Habits(per_piece=4))
+    assert found.tokens_per_event.mean == 4
     assert found.n_tokens.mean == 12
     assert found.interval_s is not None
     assert list(found.interval_s) == sorted(found.interval_s)
 
 
 def test_a_server_that_does_not_count_has_no_figures_per_token():
-    found = behaviour(Habits(usage=False, refuses=("return_token_ids",)))
+    found = behavior(Habits(usage=False, refuses=("return_token_ids",)))
     assert found.tpot_s is None
-    assert found.tokens_per_piece is None
+    assert found.tokens_per_event is None
     assert found.refused_fields == ("return_token_ids",)
 
 
 def test_loops_of_an_answer_are_found():
-    assert behaviour(Habits(words=("again",))).loop_share.mean == pytest.approx(10 / 12)
-    assert behaviour(Habits(words=MANY_WORDS)).loop_share.mean == 0
+    assert behavior(Habits(words=("again",))).loop_share.mean == pytest.approx(10 / 12)
+    assert behavior(Habits(words=MANY_WORDS)).loop_share.mean == 0
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_loop_is_a_passage_said_three_times_on_end(text, share):
 
 def test_answers_of_two_servers_are_compared_from_their_first_difference():
     same, other = Habits(words=MANY_WORDS), Habits(words=("w0", "w1", *("x",) * 10))
-    found = behaviour(same, other)
+    found = behavior(same, other)
     assert found.repeated.n_equal == found.repeated.n == 3
     assert found.against.n_equal == 0
     assert found.against.first_difference == (len(" w0 w1 "),) * 3
@@ -126,8 +126,8 @@ def test_the_command_prints_it(capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["model", "--endpoint", "http://x/v1"], "the server decides model"),
-        (["--endpoint", "http://x/v1", "--quant", "int8"], "the server decides quant"),
+        (["model", "--endpoint", "http://x/v1"], "model cannot be given with --endpoint"),
+        (["--endpoint", "http://x/v1", "--quant", "int8"], "quant cannot be given with --endpoint"),
         (["--endpoint", "http://x/v1", "--batch", "2"], "--batch"),
         (["--against", "http://x/v1"], "--endpoint"),
         (["--endpoint", "nowhere"], "none of a server"),

@@ -1,4 +1,4 @@
-"""Measures the behaviour of a server from outside: latency, pace, loops and reproducibility.
+"""Measures the behavior of a server from outside: latency, pace, loops and reproducibility.
 
 It needs nothing but the server's URL. Prompts are plain English that begins with a salt, a word
 that no earlier prompt had: a server with a prefix cache has no part of a prompt the first time
@@ -39,8 +39,8 @@ class Divergence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Behaviour:
-    """The behaviour of a server. Samples are prompts.
+class ServerBehavior:
+    """The behavior of a server. Samples are prompts.
 
     Attributes:
         model: The served model.
@@ -51,7 +51,7 @@ class Behaviour:
         warm_ttft_s: Seconds to the first piece for a prompt that was just answered.
         tpot_s: Seconds per token after the first piece, if the server counts tokens.
         interval_s: Seconds between pieces: the quantiles 0.5, 0.9 and 0.99, and the longest.
-        tokens_per_piece: Mean number of tokens of a piece, if the server counts them.
+        tokens_per_event: Mean number of tokens of a piece, if the server counts them.
         loop_share: Share of the words of answers that repeat a passage for the third time or more.
         repeated: Comparison of the cold and the warm answer to the same prompt.
         against: Comparison of this server's answers with the other server's, if there is one.
@@ -66,7 +66,7 @@ class Behaviour:
     warm_ttft_s: Figure
     tpot_s: Figure | None
     interval_s: tuple[float, float, float, float] | None
-    tokens_per_piece: Figure | None
+    tokens_per_event: Figure | None
     loop_share: Figure
     repeated: Divergence
     against: Divergence | None
@@ -78,14 +78,14 @@ class Behaviour:
         return {k: v.model_dump() if isinstance(v, Figure) else v for k, v in values.items()}
 
 
-def find_out(
+def measure_server(
     client: CompletionsClient,
     workload: Workload,
     text: str,
     *,
     against: CompletionsClient | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
-) -> Behaviour:
+) -> ServerBehavior:
     """Sends each of some prompts twice to a server, and once to another server.
 
     Args:
@@ -113,7 +113,7 @@ def find_out(
         if on_prompt:
             on_prompt(done, workload.repeats)
     both = cold + warm
-    return Behaviour(
+    return ServerBehavior(
         model=client.model,
         server=client.server,
         n_prompt_tokens=_known([answer.n_prompt_tokens for answer in cold]),
@@ -122,7 +122,7 @@ def find_out(
         warm_ttft_s=mean_figure([answer.times[0] for answer in warm]),
         tpot_s=_known([_tpot_s(answer) for answer in both]),
         interval_s=_quantiles([s for answer in both for s in answer.intervals_s]),
-        tokens_per_piece=_known([n and n / len(a.times) for a in both for n in (a.n_tokens,)]),
+        tokens_per_event=_known([n and n / len(a.times) for a in both for n in (a.n_tokens,)]),
         loop_share=mean_figure([loop_share(answer.text) for answer in cold], within=(0, 1)),
         repeated=divergence(cold, warm),
         against=divergence(cold, other) if against is not None else None,
