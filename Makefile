@@ -1,6 +1,7 @@
 # hotloop: the whole set-up. `make demo` and `make test` are all a fresh machine needs.
 #
-# PYTHON, TORCH and TEST_WORKERS can be given: make demo TORCH=torch  (a CUDA build on Linux)
+# PYTHON, TORCH and TEST_WORKERS can be given: make demo TORCH=torch  (the newest torch)
+# Whether torch is a build for CPUs or for CUDA depends on pip's index: see README.md, Installing.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

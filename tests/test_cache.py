@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,63 @@ sys.exit(main(sys.argv[1:]))
     assert note.startswith("no home directory is known")
     assert error.startswith("error: there is no folder 'some/model'")
     assert {path.name for path in tmp_path.iterdir()} == {"tmp"}, "no folder ~ is made"
+
+
+CODE = {
+    "__init__.py": "version",
+    "kernels/gemv.cu": "kernel",
+    "engine/llm.py": "engine",
+    "report/table.py": "table",
+    "serve/page/main.js": "page",
+}
+
+
+def hash_of(package: Path, monkeypatch, *packages: str) -> str:
+    monkeypatch.setattr(cache, "__file__", str(package / "cache.py"))
+    return cache.code_hash.__wrapped__(*packages)
+
+
+def write_code(package: Path, code: dict[str, str] = CODE) -> Path:
+    for name, content in code.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(content)
+    return package
+
+
+def test_the_same_code_has_the_same_hash_wherever_it_is_and_whatever_has_run(tmp_path, monkeypatch):
+    one, other = (write_code(tmp_path / place / "hotloop") for place in ("src", "site-packages"))
+    write_code(other, {"engine/__pycache__/llm.cpython-311.pyc": "compiled"})
+    assert hash_of(one, monkeypatch) == hash_of(other, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("__init__.py", True),
+        ("kernels/gemv.cu", True),
+        ("engine/llm.py", True),
+        ("engine/new.py", True),
+        ("report/table.py", False),
+        ("serve/page/main.js", False),
+    ],
+)
+def test_another_hash_is_of_other_code_that_a_measurement_can_run(
+    tmp_path, monkeypatch, name, counts
+):
+    before = hash_of(write_code(tmp_path), monkeypatch)
+    assert (hash_of(write_code(tmp_path, {name: "changed"}), monkeypatch) != before) == counts
+
+
+def test_a_hash_of_some_packages_is_of_these_alone(tmp_path, monkeypatch):
+    before = hash_of(write_code(tmp_path), monkeypatch, "kernels")
+    write_code(tmp_path, {"engine/llm.py": "changed"})
+    assert hash_of(tmp_path, monkeypatch, "kernels") == before
+    write_code(tmp_path, {"kernels/gemv.cu": "changed"})
+    assert hash_of(tmp_path, monkeypatch, "kernels") != before
+
+
+def test_no_measurement_can_import_what_the_hash_leaves_out():
+    contracts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    (layers,) = (c for c in contracts["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
+    above = layers["layers"][: layers["layers"].index("sweep")]
+    assert set(above) == set(cache.SHOWING)

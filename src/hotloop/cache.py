@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import os
 import shutil
 import stat
@@ -17,6 +18,9 @@ import tempfile
 from pathlib import Path
 
 from hotloop.errors import shorten
+
+SHOWING = ("cli", "serve", "report")
+"""The packages that only start measurements or show them: those above ``sweep``."""
 
 
 def cache_dir() -> Path:
@@ -47,6 +51,26 @@ def cache_path(*parts: str) -> Path:
     """
     found = cache_dir().joinpath(*parts)
     return found if os.path.exists(found) else writable_cache_dir().joinpath(*parts)
+
+
+@functools.cache
+def code_hash(*packages: str) -> str:
+    """Hashes hotloop's own source files: the same code has the same hash wherever it is installed.
+
+    A version does not identify code between two releases.
+
+    Args:
+        *packages: The packages whose files count. Without any, all files count with which a
+            measurement can run: those of all packages but ``SHOWING``.
+    """
+    package, code = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        name = path.relative_to(package)
+        counts = name.parts[0] in packages if packages else name.parts[0] not in SHOWING
+        if counts and "__pycache__" not in name.parts and path.is_file():
+            content = path.read_bytes()
+            code.update(f"{name.as_posix()} {len(content)}\n".encode() + content)
+    return code.hexdigest()
 
 
 def cache_note() -> str | None:

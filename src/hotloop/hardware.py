@@ -26,6 +26,7 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hotloop.cache import code_hash
 from hotloop.errors import ConfigError, UnsupportedError, shorten_value
 
 if TYPE_CHECKING:
@@ -323,8 +324,9 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
             be idle and have free memory.
 
     Returns:
-        ``hotloop`` (version, and in a source checkout its commit and whether it has changes, else
-        None), ``versions``, ``device`` (:class:`DeviceInfo`, measured bandwidth and
+        ``hotloop`` (version, ``code``, a hash of the code that can run in a measurement, and in a
+        source checkout its commit and whether it has changes, else None), ``versions``, ``device``
+        (:class:`DeviceInfo`, measured bandwidth, bytes of the last-level cache, 0 if not known, and
         :func:`gpu_state`) and ``host``.
     """
     import psutil
@@ -336,6 +338,7 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
         # By name: this module must not import the package, which imports all levels.
         "hotloop": {
             "version": importlib.import_module("hotloop").__version__,
+            "code": code_hash(),
             **_git_state(Path(__file__).parent),
         },
         "versions": {
@@ -348,6 +351,7 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
         "device": {
             **asdict(device_info(device)),
             "read_bytes_per_s": read_bytes_per_s,
+            "last_level_cache_bytes": _last_level_cache_bytes(device),
             "state": gpu_state(device),
         },
         "host": {
@@ -378,7 +382,7 @@ def circumstances() -> dict[str, Any]:
     """Collects circumstances that can make a failed cell runnable, without using a GPU.
 
     Returns:
-        ``commit`` of a source checkout, ``packages`` (a hash of all installed packages), the GPUs'
+        ``code`` (a hash of hotloop's), ``packages`` (a hash of all installed packages), the GPUs'
         ``driver`` and names, and ``free_bytes`` of the host and of the GPU with the least.
     """
     found = _output(
@@ -390,7 +394,7 @@ def circumstances() -> dict[str, Any]:
     places = [sysconfig.get_path(scheme) for scheme in ("purelib", "platlib")]
     installed = sorted({f"{d.name}=={d.version}" for d in distributions(path=places)})
     return {
-        "commit": _git_state(Path(__file__).parent)["git_commit"],
+        "code": code_hash(),
         "packages": hashlib.sha256("\n".join(installed).encode()).hexdigest()[:16],
         "driver": gpus[0][1] if gpus else None,
         "gpus": [name for name, *_ in gpus],

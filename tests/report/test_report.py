@@ -217,6 +217,56 @@ def test_rows_of_several_models_name_their_model():
     assert "model" not in [column.heading for column in make_table([small]).columns]
 
 
+def test_a_comparison_with_an_unstable_speed_says_that_it_is_unstable():
+    shaky = {"status": "unstable", "reason": "r"}
+    plain = record("none/eager", 30, loss=0.0, **shaky)
+    fast = record("int4-g64/eager", 90, loss=0.5, **shaky)
+    theirs = record("vllm/eager", 40, baseline="vllm", **shaky)
+    found = recommend([plain, fast, theirs, record("int8/eager", 60, loss=0.001)])
+    assert found.cell == "int8/eager"
+    assert "(2.0 × none/eager, whose speed was unstable), the fastest whose" in found.why
+    assert found.passed_over[0].startswith("int4-g64/eager (unstable) is 50% faster, but")
+    assert found.beside[0].startswith("vllm/eager decodes 40.00 ± 0.10 tok/s (unstable): ")
+    steady = recommend([REFERENCE, record("int8/eager", 60, loss=0.001)])
+    assert "unstable" not in steady.why
+
+
+def on_device(cell: str, mbu: float, **device: float) -> Record:
+    machine = {"name": "A Processor", "n_threads": 2, "read_bytes_per_s": 40e9, **device}
+    engine = {"weight_bytes_per_step": 128 * 2**20}
+    made = record(cell, 60, provenance={"device": machine}, engine=engine)
+    return made.model_copy(update={"mbu": mean_figure([mbu] * 5)})
+
+
+def test_an_mbu_above_100_percent_has_a_note_with_its_cause_and_no_other_has():
+    cached = on_device("a/eager", 1.09, last_level_cache_bytes=32 * 2**20)
+    slowed = on_device("b/eager", 1.2, read_bytes_per_s=30e9)
+    unknown = on_device("c/eager", 1.003)
+    below = on_device("d/eager", 0.999)
+    first = "MBU above 100%: a step reads more bytes per second than the read bandwidth, measured"
+    (note,) = make_table([cached, below]).notes
+    held = "The last-level cache (32 MiB) can hold 25% of these weights."
+    assert note == f"{first} as 40.0 GB/s before. {held}"
+    (note,) = make_table([slowed, below]).notes
+    more = "For other cells 40.0 GB/s were measured; MBU is 90% of that."
+    assert note == f"{first} as 30.0 GB/s before. {more}"
+    table = make_table([unknown, below])
+    (note,) = table.notes
+    may = "A cache may hold a part of the weights, or other work slowed that measurement."
+    assert note == f"{first} as 40.0 GB/s before. {may}"
+    of_mbu = [column.heading for column in table.columns].index("MBU")
+    assert [row.cells[of_mbu] for row in table.rows] == ["100% [1]", "99%"]
+    assert f"[1] {note}" in to_markdown(table)
+    assert f"[1] {note}" in printed([unknown, below], 400)
+
+
+def test_an_mbu_above_100_percent_of_the_datasheet_has_a_note_too():
+    made = on_device("a/eager", 0.9).model_copy(update={"mbu_datasheet": mean_figure([1.5] * 5)})
+    (note,) = make_table([made]).notes
+    said = "a step reads more bytes per second than the datasheet says of the memory."
+    assert note == f"MBU above 100%: {said} A cache may hold a part of the weights."
+
+
 def test_an_unstable_speed_is_recommended_with_the_note():
     found = recommend([record("none/eager", 30, loss=0.0, status="unstable", reason="r")])
     assert found.cell == "none/eager"

@@ -13,6 +13,7 @@ from sweep_fakes import End, create, predict
 from hotloop import hardware
 from hotloop.baselines import EngineKind
 from hotloop.bench.statistics import mean_figure
+from hotloop.cache import code_hash
 from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.sweep.descendants import CELL_ID
 
@@ -62,7 +63,8 @@ if CELL_ID in os.environ:  # in a cell's own process, and not where its sweep ru
             "name": device,
             "read_bytes_per_s": 1e9,
             "datasheet_bytes_per_s": None,
-        }
+        },
+        "hotloop": {"version": "1", "code": code_hash(), "git_commit": None, "git_dirty": None},
     }
     sys.modules["hotloop.evaluate.quality"] = SimpleNamespace(
         write_reference=write_reference, measure_quality=measure_quality

@@ -146,6 +146,21 @@ def test_other_versions_and_other_machines_are_measured_anew(folder, monkeypatch
     assert len(keys | {job(folder).key}) == 4
 
 
+def test_a_reference_is_of_this_code_and_machine_and_a_finished_cell_outlives_a_change_of_code(
+    folder, monkeypatch
+):
+    first = job(folder)
+    files = {first.reference_job(folder).reference}
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "code_hash", lambda: "other code")
+        changed = job(folder)
+        assert changed.key == first.key
+        files.add(changed.reference_job(folder).reference)
+    monkeypatch.setattr(hardware, "machine", lambda: {"cpu": "another"})
+    files.add(first.reference_job(folder).reference)
+    assert len(files) == 3
+
+
 def test_names_and_places_of_the_same_content_resume(folder):
     before = job(folder, provenance={"recipe": {"name": "a"}})
     for name in ("model", "draft"):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,7 @@ def _the_engine_is_a_fake_that_children_find(
 
 
 CIRCUMSTANCES = {
-    "commit": "c" * 40,
+    "code": "c" * 64,
     "packages": "p" * 16,
     "driver": None,
     "gpus": [],
@@ -202,7 +203,10 @@ def test_a_hang_ends_at_the_limit_with_everything_it_started(tmp_path, monkeypat
     monkeypatch.setattr("hotloop.sweep.process.time", SimpleNamespace(monotonic=time_s))
     (record,) = sweep(tmp_path, End.HANGS, timeout_s=1.5, on_event=events.append)
     assert record.status == "timeout"
-    assert record.reason.startswith("took longer than the limit of 1.5 s in load")
+    assert record.reason.startswith(
+        "took longer than timeout_s, 1.5 s, and was in load: raise it in the recipe, or by "
+        "--timeout-s without one"
+    )
     assert not running(tmp_path / "pids")
 
 
@@ -224,7 +228,7 @@ def test_resume_measures_what_is_missing_or_failed_and_nothing_else(tmp_path):
         ({}, []),
         ({"free_bytes": {"cpu": 2**34 + 1, "cuda": 2**40}}, []),
         ({"free_bytes": {"cpu": 2**35, "cuda": None}}, ["oom", "predicted-oom"]),
-        ({"commit": "d" * 40}, ["oom", "unsupported", "predicted-oom"]),
+        ({"code": "d" * 64}, ["oom", "unsupported", "predicted-oom"]),
         ({"packages": "q" * 16}, ["oom", "unsupported", "predicted-oom"]),
         ({"gpus": ["A GPU"], "driver": "1"}, ["oom", "unsupported", "predicted-oom"]),
     ],
@@ -236,6 +240,57 @@ def test_resume_tries_again_what_may_run_now(tmp_path, circumstances, change, tr
     again = sweep(tmp_path, *ends, resume=True)
     assert [r.status for r in again if r.attempt == 2] == tried_again
     assert [r for r in again if r.attempt == 1] == [r for r in first if r.status not in tried_again]
+
+
+def test_a_reference_that_other_code_scored_is_not_used(tmp_path, monkeypatch):
+    scored = []
+
+    def sweep_with(code: str) -> None:
+        monkeypatch.setattr("hotloop.sweep.job.code_hash", lambda: code)
+        scored.append(0)
+
+        def count(event: object) -> None:
+            scored[-1] += isinstance(event, ReferenceStarted)
+
+        run_sweep(scored_recipe(tmp_path, End.OK), tmp_path / str(len(scored)), on_event=count)
+
+    for code in ("old", "old", "new"):
+        sweep_with(code)
+    assert scored == [1, 0, 1]
+
+
+@pytest.mark.usefixtures("circumstances")
+def test_resume_keeps_cells_of_other_code_and_says_how_many_of_which_and_how_to_measure_them(
+    tmp_path, monkeypatch
+):
+    ends = (End.OK, End.OOM, End.RAISES)
+    (of_old, *_) = sweep(tmp_path, *ends)
+
+    def resumed() -> tuple[list[Record], list[str]]:
+        events = []
+        records = sweep(tmp_path, *ends, resume=True, on_event=events.append)
+        return records, [event.message for event in events if isinstance(event, Noticed)]
+
+    assert resumed()[1] == []
+    monkeypatch.setattr(runner, "code_hash", lambda: "new")
+    (kept, *_), (note,) = resumed()
+    assert kept == of_old
+    of_code = of_old.provenance["hotloop"]["code"][:10]
+    said = f"1 cell is kept as other code of hotloop measured it (code {of_code}). Another results"
+    assert note == f"{said} folder (--out) measures all cells with this code."
+
+
+@pytest.mark.parametrize(
+    ("by", "name"),
+    [
+        ({}, "version not known"),
+        ({"version": "0.0.1"}, "version 0.0.1"),
+        ({"code": "c" * 64, "git_commit": "d" * 40}, "commit dddddddddd"),
+        ({"git_commit": "d" * 40, "git_dirty": True}, "commit dddddddddd with changes"),
+    ],
+)
+def test_code_is_named_by_what_a_record_has(by, name):
+    assert runner._name_of_code(by) == name
 
 
 @pytest.mark.usefixtures("circumstances")
@@ -390,10 +445,12 @@ def test_a_reference_is_kept_for_other_sweeps_within_the_limit(tmp_path, monkeyp
     assert finished.folder == str(kept)
     assert [file.suffix for file in kept.glob("[!.]*")] == [".safetensors"]
     (kept / ".0.partial").write_text("what a killed process has left")
-    assert ReferenceStarted("none/eager", reused=True) in events("b")
+    again = events("b")
+    assert replace(finished, reused=True) in again
+    assert not any(isinstance(event, ReferenceStarted) for event in again)
     assert not (kept / ".0.partial").exists()
     monkeypatch.setenv("HOTLOOP_REFERENCES_GB", "0")
-    assert ReferenceStarted("none/eager", reused=True) in events("c")
+    assert replace(finished, reused=True) in events("c")
     assert not list(kept.glob("*.safetensors"))
 
 

@@ -294,21 +294,23 @@ class RecordedEngine(_Keys, total=False):
 
 
 class RecordedHotloop(_Keys, total=False):
-    """The version of hotloop that measured."""
+    """The version of hotloop that measured, and a hash of its code."""
 
     version: Name | None
+    code: Name | None
     git_commit: Name | None
     git_dirty: bool | None
 
 
 class RecordedDevice(_Keys, total=False):
-    """The device of the measurement; bandwidths are in bytes per second."""
+    """The device of the measurement; bandwidths are in bytes per second, a cache in bytes."""
 
     kind: Name
     name: Name
     n_threads: Count | None
     read_bytes_per_s: Annotated[float, Field(gt=0, le=MAX_NUMBER)] | None
     datasheet_bytes_per_s: Annotated[float, Field(gt=0, le=MAX_NUMBER)] | None
+    last_level_cache_bytes: Bytes | None
 
 
 class RecordedHost(_Keys, total=False):
@@ -328,7 +330,7 @@ class RecordedStorage(_Keys, total=False):
 class Circumstances(_Keys, total=False):
     """``hardware.circumstances`` in a record."""
 
-    commit: Name | None
+    code: Name | None
     packages: Name
     driver: Name | None
     gpus: list[Name]

@@ -73,7 +73,8 @@ def sweep(
     no_quality: Annotated[bool, option(QUALITY, "Measure speed alone.")] = False,
     tolerance: Tolerance = MAX_DELTA_LN_PPL,
     timeout_s: Annotated[
-        float | None, option(EXECUTION, "Time limit of a configuration, in seconds.", "1800")
+        float | None,
+        option(EXECUTION, "Time limit of a configuration, in seconds: for hangs.", "1800"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -88,7 +89,8 @@ def sweep(
         option(
             OUTPUT,
             "Skip configurations that the results folder already has. Those that could not run "
-            "are tried again if hotloop, packages, driver, GPUs or free memory have changed.",
+            "are tried again if hotloop, packages, driver, GPUs or free memory have changed; "
+            "a note counts those that other code of hotloop has measured.",
         ),
     ] = False,
     cells: Annotated[

@@ -1,10 +1,11 @@
 """Stores references in the cache folder, up to a limit, for all later commands.
 
 The name of a reference has a hash of everything that determines it: the identity of the weights,
-the text and its windows, the element type, and the versions of hotloop and torch. So an existing
-file can be used, whichever sweep or evaluation made it. If the limit is exceeded, the least
-recently used references are removed first. A reference that a command uses is never removed; one
-that alone exceeds the limit is removed when the command that made it ends.
+the text and its windows, the element type, hotloop's code (``cache.code_hash``), torch's version
+and the machine. So an existing file can be used, whichever sweep or evaluation made it. If the
+limit is exceeded, the least recently used references are removed first. A reference that a command
+uses is never removed; one that alone exceeds the limit is removed when the command that made it
+ends.
 """
 
 from __future__ import annotations

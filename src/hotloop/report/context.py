@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hotloop.bench.record import Record
-from hotloop.report.numbers import significant
+from hotloop.report.numbers import memory, percent, significant
 
 
 def context(
@@ -98,6 +98,48 @@ def _bandwidth(records: Sequence[Record]) -> str:
         return ""
     low, high = (significant(measured[end], 3) for end in (0, -1))
     return f"{low if low == high else f'{low} to {high}'} GB/s"
+
+
+def bandwidth_note(record: Record, field: str, records: Iterable[Record]) -> str | None:
+    """Returns a note on a memory bandwidth utilization above 100 %; None if it is not above.
+
+    Args:
+        record: The record.
+        field: ``mbu`` or ``mbu_datasheet``.
+        records: The records of the table: their measured bandwidths show how it varied.
+    """
+    mbu = record.mbu if field == "mbu" else record.mbu_datasheet
+    if mbu is None or mbu.mean <= 1:
+        return None
+    device = record.provenance.get("device", {})
+    said, causes = "MBU above 100%: a step reads more bytes per second than", []
+    bandwidth = device.get("read_bytes_per_s")
+    if field == "mbu_datasheet":
+        said += " the datasheet says of the memory."
+    elif bandwidth is None:
+        said += " were measured of the memory."
+    else:
+        said += f" the read bandwidth, measured as {significant(bandwidth / 1e9, 3)} GB/s before."
+        most = max(
+            r.provenance["device"].get("read_bytes_per_s") or 0.0
+            for r in records
+            if device_name(r) == device_name(record) and "device" in r.provenance
+        )
+        if most > bandwidth:
+            against = percent(mbu.mean * bandwidth / most)
+            causes.append(
+                f"For other cells {significant(most / 1e9, 3)} GB/s were measured; MBU is "
+                f"{against} of that."
+            )
+    cache = device.get("last_level_cache_bytes")
+    weights = (record.engine or {}).get("weight_bytes_per_step")
+    if cache and weights:
+        held = percent(min(1.0, cache / weights))
+        causes.append(f"The last-level cache ({memory(cache)}) can hold {held} of these weights.")
+    if not causes:
+        slowed = ", or other work slowed that measurement" if field == "mbu" else ""
+        causes = [f"A cache may hold a part of the weights{slowed}."]
+    return " ".join((said, *causes))
 
 
 def _versions(record: Record) -> str:

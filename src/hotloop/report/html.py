@@ -36,7 +36,7 @@ from hotloop.report.numbers import half_width, percent, uncertain
 from hotloop.report.page import comparable, make_page
 from hotloop.report.plots import Chart, charts, front, near_front
 from hotloop.report.read import latest
-from hotloop.report.recommend import Recommendation, is_doubtful, recommend
+from hotloop.report.recommend import Recommendation, doubt_of, is_doubtful, recommend
 from hotloop.report.speculation import ACCEPTANCES, Drafting, drafting
 from hotloop.report.table import make_table
 from hotloop.types import MAX_DELTA_LN_PPL
@@ -292,7 +292,7 @@ def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
                 _Against(
                     record=record,
                     speed=f"{shown} tok/s",
-                    speed_verdict="",
+                    speed_verdict=doubt_of(record).strip(),
                     loss="",
                     loss_verdict="",
                     place=place,
@@ -304,7 +304,7 @@ def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
             _Against(
                 record=record,
                 speed=shown_ratio(speed),
-                speed_verdict=_in_words(speed, "slower", "faster"),
+                speed_verdict=_in_words(speed, "slower", "faster") + doubt_of(record),
                 loss=shown_loss(loss),
                 loss_verdict=_in_words(loss, "loses less", "loses more"),
                 place=place,

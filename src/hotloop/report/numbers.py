@@ -42,7 +42,8 @@ def percent(share: float, decimals: int = 0) -> str:
     if share == 1:
         return "100%"
     shown = round(share * 100, decimals)
-    return f"{100 - 10**-decimals if shown == 100 else shown:.{decimals}f}%"
+    is_rounded_up = share < 1 and shown == 100
+    return f"{100 - 10**-decimals if is_rounded_up else shown:.{decimals}f}%"
 
 
 def memory(n_bytes: float) -> str:

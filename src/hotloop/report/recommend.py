@@ -166,6 +166,11 @@ def is_doubtful(record: Record) -> bool:
     return record.status == "unstable" or speed_gap(record) is not None
 
 
+def doubt_of(*records: Record | None) -> str:
+    """Returns what follows a comparison of speeds: `` (unstable)`` if one of them is."""
+    return " (unstable)" if any(r and r.status == "unstable" for r in records) else ""
+
+
 def _loss(record: Record) -> float:
     assert record.delta_ln_ppl is not None, "only scored records have a loss"
     return record.delta_ln_ppl.mean
@@ -203,9 +208,10 @@ def _rivals(record: Record, chosen: Record) -> bool:
 
 
 def _compared(record: Record, chosen: Record) -> str:
+    name = record.cell + doubt_of(record)
     if _within_noise(record, chosen):
-        return f"{record.cell} is as fast within noise"
-    return f"{record.cell} is {percent(_speed(record) / _speed(chosen) - 1)} faster"
+        return f"{name} is as fast within noise"
+    return f"{name} is {percent(_speed(record) / _speed(chosen) - 1)} faster"
 
 
 def _shortfall(record: Record, chosen: Record, tolerance: float) -> str:
@@ -253,7 +259,10 @@ def _shown_loss(record: Record) -> str:
 def _gain(chosen: Record, scored: Sequence[Record]) -> str:
     """Returns the speed-up over plain PyTorch, if that was measured too."""
     plain = [record for record in scored if record.cell == "none/eager" and record is not chosen]
-    return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager)" if plain else ""
+    if not plain:
+        return ""
+    doubt = ", whose speed was unstable" if plain[0].status == "unstable" else ""
+    return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager{doubt})"
 
 
 def _beside(chosen: Record, records: Iterable[Record]) -> tuple[str, ...]:
@@ -262,7 +271,7 @@ def _beside(chosen: Record, records: Iterable[Record]) -> tuple[str, ...]:
     theirs = [r for r in records if r.baseline and r.decode_tok_s and device_name(r) == here]
     return tuple(
         f"{record.cell} decodes {_shown(record.decode_tok_s)} tok/s"
-        f"{' (unstable)' if record.status == 'unstable' else ''}: {chosen.cell} is "
+        f"{doubt_of(record)}: {chosen.cell} is "
         f"{significant(_speed(chosen) / _speed(record), 2)} × as fast{_ranks(chosen, record)}."
         for record in theirs
         if speed_gap(record) is None

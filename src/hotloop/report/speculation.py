@@ -19,6 +19,7 @@ from functools import cached_property
 from hotloop.bench.record import Record, SpeculationFigures, StepCost
 from hotloop.report.differences import Difference, shown_ratio, speed_difference
 from hotloop.report.numbers import half_width, percent, significant, uncertain
+from hotloop.report.recommend import doubt_of
 
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9, 0.95)
 """The acceptances for which tables list the speed."""
@@ -145,7 +146,7 @@ class Drafting:
     @property
     def shown_gain(self) -> str:
         """Its gain over plain decoding."""
-        return shown_ratio(self.gain)
+        return shown_ratio(self.gain) + doubt_of(self.record, self.plain)
 
     @property
     def tokens_per_step(self) -> str:

@@ -9,6 +9,7 @@ from hotloop.bench.record import MEASURED, Record
 from hotloop.report.context import (
     RANDOM_ACCEPTANCE,
     assumed_note,
+    bandwidth_note,
     context,
     has_random_acceptance,
     model_name,
@@ -124,6 +125,9 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         if (first := next((i for i in figures if cells[i]), None)) is not None:
             for note in (assumed_note(record), speed_gap(record), *engine_notes(record)):
                 cells[first] = notes.cite(cells[first], note)
+            for i, column in enumerate(columns):
+                if column.field in ("mbu", "mbu_datasheet"):
+                    cells[i] = notes.cite(cells[i], bandwidth_note(record, column.field, records))
             if first_of_quality is not None and record.quality_reason:
                 note = f"quality: {record.quality_reason}"
                 cells[first_of_quality] = notes.cite(cells[first_of_quality], note)

@@ -32,20 +32,23 @@ class Noticed:
 
 @dataclass(frozen=True)
 class ReferenceStarted:
-    """The reference ``cell`` will be scored now, or was scored earlier (``reused``)."""
+    """The reference ``cell`` will be scored now."""
 
     cell: str
-    reused: bool = False
 
 
 @dataclass(frozen=True)
 class ReferenceFinished:
-    """The reference was scored and stored in a ``folder``, or is missing for a ``reason``."""
+    """The reference is stored in a ``folder``, or is missing for a ``reason``.
+
+    It has been scored now, or by an earlier command (``reused``).
+    """
 
     cell: str
     reason: str | None = None
     n_bytes: int = 0
     folder: str = ""
+    reused: bool = False
 
 
 @dataclass(frozen=True)

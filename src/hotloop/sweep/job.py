@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from hotloop import __version__, hardware, registry
 from hotloop.baselines import ENGINES, EngineKind
 from hotloop.bench.record import Workload
+from hotloop.cache import code_hash
 from hotloop.evaluate.tasks import load_tasks
 from hotloop.evaluate.text import load_text
 from hotloop.sweep.models import (
@@ -97,7 +98,7 @@ class Job(BaseModel):
         The reference is hotloop's own engine: eager, with the same dtype, and unquantized unless
         the user names another reference. It has only the options that change its predictions, so
         that as many cells as possible share it. The names of its files in ``folder`` are hashes of
-        these options.
+        these options, of the code, and of the machine.
 
         Args:
             folder: The folder of references.
@@ -129,7 +130,12 @@ class Job(BaseModel):
                 "key": "",
             }
         )
-        scored = _scored(job, replace(job.config, max_seq_len=None))
+        # A cell is known by the version alone, so that --resume keeps what took hours. A reference
+        # takes a minute, and one of other code would be a difference that no configuration made.
+        scored = _scored(job, replace(job.config, max_seq_len=None)) | {
+            "code": code_hash(),
+            "machine": hardware.machine(),
+        }
         files = {"reference": folder / f"{sha256_of(scored)[:16]}.safetensors"}
         if self.task_sha256s:
             answered = scored | {"text": None, "windows": None, "tasks": self.task_sha256s}

@@ -133,9 +133,10 @@ def run_isolated(
         elif seen.nonsense:
             status, reason = "failed", f"ended in {seen.phase}: {seen.nonsense}"
         elif stopped == "timeout":
-            status, reason = (
-                stopped,
-                f"took longer than the limit of {timeout_s:g} s in {seen.phase}",
+            status = stopped
+            reason = (
+                f"took longer than timeout_s, {timeout_s:g} s, and was in {seen.phase}: raise it "
+                "in the recipe, or by --timeout-s without one"
             )
         else:
             status, reason = seen.explain_end(child)

@@ -100,12 +100,16 @@ class SweepProgress:
         match event:
             case Noticed(message):
                 self._say(f"[yellow]note[/] {escape(message)}")
-            case ReferenceStarted(cell, reused):
-                self._begin("reference", cell, "scored earlier" if reused else "is scored first")
-            case ReferenceFinished(cell, reason, n_bytes, folder):
-                ready = f"[green]is scored[/], {n_bytes / 1e9:.2f} GB kept in {escape(folder)}"
-                missing = f"[yellow]is missing:[/] {escape(reason or '')}"
-                self._end(cell, ready if reason is None else missing)
+            case ReferenceStarted(cell):
+                self._begin("reference", cell, "is scored first")
+            case ReferenceFinished(cell, reason, n_bytes, folder, reused):
+                where = f"{n_bytes / 1e9:.2f} GB kept in {escape(folder)}"
+                if reused:
+                    self._say(f"reference {escape(cell)}  [dim]was scored earlier:[/] {where}")
+                elif reason is None:
+                    self._end(cell, f"[green]is scored[/], {where}")
+                else:
+                    self._end(cell, f"[yellow]is missing:[/] {escape(reason)}")
             case CellSkipped(record):
                 self._say(
                     f"{escape(record.cell)}  [dim]skipped, finished earlier:[/] {_outcome(record)}"

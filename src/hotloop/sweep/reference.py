@@ -113,13 +113,14 @@ def _scored(
     for made in (file, scoring.answers):
         if made is not None:
             store.hold(made)
-    kept = _is_kept(scoring)
-    on_event(ReferenceStarted(scoring.cell, kept))
-    record = None if kept else score(scoring)
+    record = None
+    if not (kept := _is_kept(scoring)):
+        on_event(ReferenceStarted(scoring.cell))
+        record = score(scoring)
     reason = None
     if record is not None and record.status != "ok":
         why = (record.reason or "").partition("\n")[0]
         reason = f"the reference {scoring.cell} ended as {record.status}: {why}"
     n_bytes = 0 if reason else file.stat().st_size
-    on_event(ReferenceFinished(scoring.cell, reason, n_bytes, str(file.parent)))
+    on_event(ReferenceFinished(scoring.cell, reason, n_bytes, str(file.parent), kept))
     return record if reason else None

@@ -6,12 +6,13 @@ record is on the disk before the next cell starts, so a sweep can be stopped and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hotloop import hardware
-from hotloop.bench.record import MEASURED, Record, Status
+from hotloop.bench.record import MEASURED, Record, RecordedHotloop, Status
+from hotloop.cache import code_hash
 from hotloop.checked import MAX_COUNT
 from hotloop.errors import ConfigError
 from hotloop.evaluate.reference_store import ReferenceStore
@@ -64,8 +65,9 @@ def run_sweep(
         recipe: The recipe.
         results: The results folder, created if needed: ``records.jsonl`` and ``logs/``.
         resume: Allow a folder that has records, and skip the cells that it has finished; see
-            ``measurement_key``. A cell that could not run is tried again if the commit, the
-            packages, the GPUs or their driver differ, or if more memory is free.
+            ``measurement_key``. A cell that could not run is tried again if hotloop's code, the
+            packages, the GPUs or their driver differ, or if more memory is free. A cell that other
+            code measured is kept, and a note says so.
         part: The part of the cells to measure; None for all.
         ray_address: The Ray cluster that runs the cells; None for this machine.
         on_event: Receives events.
@@ -95,6 +97,8 @@ def run_sweep(
     make_folder(results)
     with locked(results), ReferenceStore() as store:
         earlier = _earlier(results, resume, on_event)
+        if note := _note_of_other_code(jobs, earlier):
+            on_event(Noticed(note))
         sweep = SingleMachine(results, store, recipe.timeout_s, on_event)
         if ray_address is not None:
             with RayCluster(ray_address) as cluster:
@@ -140,7 +144,7 @@ def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
     was, now = earlier.provenance.get("circumstances"), provenance["circumstances"]
     if was is None:
         return True  # not known: records of older versions do not say
-    fixed = ("commit", "packages", "driver")
+    fixed = ("code", "packages", "driver")
     if any(was.get(name) != now[name] for name in fixed):
         return True
     if was.get("gpus", []) != now["gpus"]:
@@ -150,6 +154,27 @@ def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
     on = "cuda" if earlier.provenance.get("device", {}).get("kind") == "cuda" else "cpu"
     had, has = was.get("free_bytes", {}).get(on), now["free_bytes"][on]
     return had is not None and has is not None and has >= MORE_MEMORY * had
+
+
+def _note_of_other_code(jobs: Iterable[Job], earlier: Mapping[str, Record]) -> str | None:
+    """Returns a note of the finished cells that other code of hotloop has measured."""
+    kept = (r for job in jobs if _is_finished(job, r := earlier.get(job.key)) and r is not None)
+    measured = [r.provenance.get("hotloop", {}) for r in kept if r.status in MEASURED]
+    if not (others := [by for by in measured if by.get("code") != code_hash()]):
+        return None
+    cells = "1 cell is" if len(others) == 1 else f"{len(others)} cells are"
+    names = ", ".join(dict.fromkeys(map(_name_of_code, others)))
+    return (
+        f"{cells} kept as other code of hotloop measured {'it' if len(others) == 1 else 'them'} "
+        f"({names}). Another results folder (--out) measures all cells with this code."
+    )
+
+
+def _name_of_code(hotloop: RecordedHotloop) -> str:
+    if commit := hotloop.get("git_commit"):
+        return f"commit {commit[:10]}{' with changes' if hotloop.get('git_dirty') else ''}"
+    code = hotloop.get("code")
+    return f"code {code[:10]}" if code else f"version {hotloop.get('version') or 'not known'}"
 
 
 class SingleMachine:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hotloop.cache import cache_dir, writable_cache_dir
+from hotloop.cache import cache_dir, code_hash, writable_cache_dir
 from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_value
 from hotloop.kernels.cpu.huge_pages import in_huge_pages
 from hotloop.kernels.linear import KernelFormat, LinearSpec
@@ -56,6 +55,9 @@ _ABANDONED_S = 3600.0
 _SETTLED_S = 2.0
 """A file that was changed less than this time ago may change again without a new modification time.
 """
+
+_CODE = ("kernels", "models", "quant", "weights")
+"""The packages on whose code packed bytes may depend."""
 
 _Whole = Annotated[int, Field(ge=0, le=2**62)]
 _DTYPES = {
@@ -112,7 +114,7 @@ def entry_key(checkpoint: Path, facts: Mapping[str, Any]) -> str:
     """
     said = {
         "checkpoint": _content_hash(checkpoint),
-        "versions": [torch.__version__, _code_hash()],
+        "versions": [torch.__version__, code_hash(*_CODE)],
         "facts": facts,
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -470,14 +472,3 @@ def _states(checkpoint: Path) -> dict[str, list[int]]:
         path: [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
         for path, state in found.items()
     }
-
-
-@functools.cache
-def _code_hash() -> str:
-    """Hashes the source code on which packed bytes may depend."""
-    package = Path(__file__).parents[1]
-    code = hashlib.sha256()
-    for part in ("kernels", "models", "quant", "weights"):
-        for path in sorted((package / part).rglob("*.py")):
-            code.update(path.read_bytes())
-    return code.hexdigest()
