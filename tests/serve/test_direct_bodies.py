@@ -3,10 +3,12 @@
 A test stops the engine until a stream has begun, so that all of its pieces come after that.
 """
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -18,9 +20,11 @@ from waiting import wait_until
 
 import hotloop.engine.service
 from hotloop import LLM, SamplingParams
+from hotloop.serve.answers import _Body
 from hotloop.serve.completions import CompletionShape
 from hotloop.serve.lifecycle import HttpServer
-from hotloop.serve.protocol import DirectBody
+from hotloop.serve.protocol import DIRECT_BODY, DirectBody
+from hotloop.serve.settings import ServerSettings
 
 N = 40
 ASKED = {"prompt": [5, 6, 7], "max_tokens": N, "temperature": 0, "ignore_eos": True}
@@ -138,6 +142,37 @@ def test_a_fault_while_an_event_is_made_ends_that_stream_alone(llm, answer, monk
         assert events(broken)[-1]["error"]["message"]
         response = httpx2.post(f"{server.url}/v1/completions", json=STREAMED, timeout=600)
         assert token_ids(response) == answer
+
+
+def test_a_fault_in_the_services_thread_is_left_to_the_stream_by_comments():
+    """A comment may fall due between the fault and the wake-up of the stream, which raises it."""
+    sent: list[bytes] = []
+    pass_on: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message["body"])
+
+    def faulty() -> str:
+        raise ZeroDivisionError
+
+    async def stream() -> None:
+        direct = SimpleNamespace(wrote_s=0.0, n_bytes=0, write=lambda make: make())
+        direct.flush = direct.close = lambda: None
+        body = _Body(ServerSettings(ping_s=0.0), send, {DIRECT_BODY: lambda: direct})
+        ticket: Any = SimpleNamespace(hand_over=pass_on.append)
+        with body.written_by_service(ticket, faulty):
+            assert pass_on[0]() is False, "the stream is woken"
+            async with body:
+                for _ in range(100):  # a comment is due in each turn
+                    await asyncio.sleep(0)
+                assert not sent
+                with pytest.raises(ZeroDivisionError):
+                    await body.write(lambda: "more")
+                while not sent:
+                    await asyncio.sleep(0)
+        assert set(sent) == {b": waiting\n\n"}
+
+    asyncio.run(stream())
 
 
 class Transport:

@@ -289,14 +289,22 @@ class _Body:
         Raises:
             Exception: That of ``make``, here or in the service's thread.
         """
+
+        def made() -> str:
+            if self._fault is not None:
+                fault, self._fault = self._fault, None
+                raise fault
+            return make()
+
+        await self._write(made, more=more)
+
+    async def _write(self, make: Callable[[], str], *, more: bool = True) -> None:
+        """Makes and sends a part, while the service's thread makes none."""
         with self._lock:
             self._n_sending += 1
         try:
             if self._direct is not None:
                 self._direct.flush()
-            if self._fault is not None:
-                fault, self._fault = self._fault, None
-                raise fault
             if (text := make()) or not more:
                 self._since = time.monotonic()
                 data = text.encode()
@@ -359,4 +367,8 @@ class _Body:
                 self._state[ABORT]()
                 return
             if not self._n_sending and quiet_s > ping_s:
-                await self.write(lambda: ": waiting\n\n")
+                await self._write(self._ping)
+
+    def _ping(self) -> str:
+        """Returns a comment; nothing after a fault, which only the stream itself may raise."""
+        return "" if self._fault is not None else ": waiting\n\n"
