@@ -3,11 +3,13 @@
 import sys
 
 import pytest
+from cli_fakes import record
 
 from hotloop.cli.app import main
-from hotloop.cli.options import SERVED_DEFAULTS, ServedEngineOptions
-from hotloop.cli.serve import ServerOptions
+from hotloop.cli.options import DEFAULT_WEIGHTS, SERVED_DEFAULTS, ServedEngineOptions
+from hotloop.cli.serve import ServerOptions, _config
 from hotloop.errors import ConfigError
+from hotloop.sweep import store
 from hotloop.types import EngineConfig
 
 
@@ -21,6 +23,17 @@ def test_options_change_a_measured_configuration_and_defaults_of_a_server_do_not
     measured = EngineConfig(model="m", quant="int8", prefix_cache="tokens", execution="compile")
     over = ServedEngineOptions(execution="eager").overrides(measured)
     assert over == {"max_batch_size": 8, "execution": "eager"}
+
+
+def test_the_configuration_of_results_is_served_as_it_was_measured(tmp_path):
+    made = record(EngineConfig(model="m", quant="int8", draft="ngram", prefill_chunk=128))
+    store.append(tmp_path / store.RECORDS, made)
+    for results in (str(tmp_path), f"{tmp_path}:{made.cell}"):
+        config = _config(None, results, ServedEngineOptions(), DEFAULT_WEIGHTS)
+        assert (config.model, config.quant, config.draft) == ("m", "int8", "ngram")
+        assert (config.prefill_chunk, config.max_batch_size) == (128, 8)
+        changed = _config(None, results, ServedEngineOptions(draft="none"), DEFAULT_WEIGHTS)
+        assert (changed.quant, changed.draft) == ("int8", "none")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A service: many clients, one thread that drives the engine, and nobody disturbs anybody."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -295,6 +296,13 @@ def test_an_engine_in_the_middle_of_a_stream_is_not_served(llm, alone):
     with pytest.raises(RequestError, match="in the middle of a stream"):
         Service(llm)
     assert first + tuple(i for delta in stream for i in delta.token_ids) == alone[4]
+
+
+def test_threads_take_turns_within_less_than_a_step_while_it_runs(llm):
+    before = sys.getswitchinterval()
+    with Service(llm):
+        assert sys.getswitchinterval() <= 1e-4
+    assert sys.getswitchinterval() == before
 
 
 def test_random_clients_come_and_go_and_every_answer_is_whole(llm, alone):

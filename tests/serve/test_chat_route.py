@@ -35,8 +35,9 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
 
 def test_the_usage_of_a_stream_comes_last_and_only_if_asked_for(client):
     whole = chat(client).json()["usage"]
-    *_, usage, done = events(chat(client, stream=True, stream_options={"include_usage": True}))
+    *chunks, usage, done = events(chat(client, stream=True, stream_options={"include_usage": True}))
     assert done == "[DONE]"
+    assert all("usage" not in chunk for chunk in chunks)
     assert usage["choices"] == []
     counted = "prompt_tokens", "completion_tokens", "total_tokens"
     assert [usage["usage"][name] for name in counted] == [whole[name] for name in counted]

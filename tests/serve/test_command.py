@@ -111,6 +111,18 @@ def test_a_key_in_the_environment_guards_the_server(folder, monkeypatch, capsys)
     assert "1 sequence of" in said
 
 
+@pytest.mark.parametrize("key", ["", "secret"])
+def test_a_server_that_is_open_to_others_without_a_key_says_so(folder, monkeypatch, capsys, key):
+    monkeypatch.setenv("HOTLOOP_API_KEY", key)
+
+    def ask(_: HttpServer, client: httpx2.Client) -> None:
+        assert client.get("/health").status_code == 200
+
+    assert run(folder, monkeypatch, ask, "--host", "0.0.0.0", "--max-batch-size", "1") == 0
+    said = capsys.readouterr().err
+    assert ("Whoever reaches 0.0.0.0 can use this server" in said) == (not key)
+
+
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys):
     with HttpServer(ServerSettings(port=0)) as server:
         assert main(["serve", "nowhere", "--port", str(server.port)]) == 2

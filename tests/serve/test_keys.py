@@ -1,10 +1,16 @@
 """Who may ask: keys, and the pages of other origins."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import pytest
 from serving import HELLO, serving
+
+from hotloop.serve.app import create_app
+from hotloop.serve.lifecycle import HttpServer
+from hotloop.serve.served import Served
+from hotloop.serve.settings import ServerSettings
 
 ASKED = {"messages": HELLO, "max_tokens": 1}
 KEYS = ("first", "zweiter Schlüssel")
@@ -47,6 +53,14 @@ def test_without_a_key_nothing_is_open_but_health(guarded, headers, path):
     assert guarded.get("/health", headers=headers).status_code == 200
 
 
+def test_every_route_but_the_page_and_health_needs_a_key(guarded):
+    app: Any = create_app(Served(ServerSettings()))
+    paths = {route.path.replace("{name:path}", "tiny") for route in app._app.routes}
+    is_open = {path for path in paths if guarded.get(path).status_code != 401}
+    assert is_open == {"/", "/health", "/ready"}
+    assert len(paths) == 12
+
+
 def test_prefixes_are_not_shared_between_keys(guarded):
     asked = ASKED | {"messages": [{"role": "user", "content": "word " * 20}]}
 
@@ -75,6 +89,18 @@ def test_a_page_of_an_allowed_origin_may_ask_and_no_other(guarded):
         for response in (asked, answer):
             found = response.headers.get("access-control-allow-origin")
             assert found == (PAGE if allowed else None)
+            assert "access-control-allow-credentials" not in response.headers
+
+
+def test_where_all_origins_are_allowed_none_is_reflected_with_credentials():
+    with HttpServer(ServerSettings(port=0, cors_origins=("*",))) as server:
+        headers = {"Origin": PAGE, "Cookie": "session=1"}
+        preflight = {"Access-Control-Request-Method": "GET"}
+        for response in (
+            httpx2.get(f"{server.url}/health", headers=headers),
+            httpx2.options(f"{server.url}/v1/models", headers=headers | preflight),
+        ):
+            assert response.headers["access-control-allow-origin"] == "*"
             assert "access-control-allow-credentials" not in response.headers
 
 

@@ -2,9 +2,9 @@
 
 import json
 import re
+import select
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +13,7 @@ import httpx2
 import pytest
 import uvloop
 from gate import Gate
+from raw import connected, read_all, request
 from serving import HELLO, events, serving
 from waiting import HANG_S, wait_until
 
@@ -47,8 +48,9 @@ def in_background(client: httpx2.Client, body: Any, answers: list[Any]) -> threa
 
 def test_while_the_model_is_loaded_everybody_is_told_to_wait():
     with HttpServer(ServerSettings(port=0)) as server, asking(server) as client:
-        health = client.get("/health")
-        assert (health.status_code, health.json()) == (503, {"status": "loading"})
+        for path in ("/health", "/ready"):
+            health = client.get(path)
+            assert (health.status_code, health.json()) == (503, {"status": "loading"})
         for response in (client.get("/v1/models"), client.post(CHAT, json=SHORT)):
             assert response.status_code == 503
             assert int(response.headers["retry-after"]) >= 1
@@ -100,6 +102,21 @@ def test_who_goes_away_frees_the_row(llm, monkeypatch, where, stream):
         assert client.post(CHAT, json=SHORT).json()["choices"] == expected
 
 
+def test_who_goes_away_while_a_prompt_is_scored_frees_its_seat(llm, monkeypatch):
+    asked = {"prompt": [[5] * 100] * 2, "echo": True, "logprobs": 1, "max_tokens": 1}
+    with serving(llm) as server, asking(server) as client:
+        gate = Gate(llm, monkeypatch)
+        service = server.served.model.service
+        with connected(server.url) as gone:
+            gone.sendall(request(asked))
+            wait_until(lambda: service._n_jobs == 1, "the first prompt is to be scored")
+        counted = 'hotloop:request_cancelled_total{model_name="tiny"} 1.0'
+        wait_until(lambda: counted in client.get("/metrics").text, "it is cancelled")
+        gate.open.set()
+        wait_until(lambda: is_idle(server), "its seat is free, and the other is never scored")
+        wait_until(lambda: len(server._server.server_state.tasks) == 0, "nobody waits for it")
+
+
 def test_a_stream_begins_at_once_and_says_so_while_nothing_comes(llm, monkeypatch):
     with serving(llm, ping_s=0.02) as server, asking(server) as client:
         gate = Gate(llm, monkeypatch)
@@ -114,7 +131,7 @@ def test_a_stream_begins_at_once_and_says_so_while_nothing_comes(llm, monkeypatc
 def test_health_tells_that_no_iteration_ends(llm, monkeypatch):
     monkeypatch.setattr(served_module, "STALLED_S", 0.05)
     with serving(llm) as server, asking(server) as client:
-        assert client.get("/health").json() == {"status": "ready"}
+        assert client.get("/health").json() == client.get("/ready").json() == {"status": "ready"}
         gate, answers = Gate(llm, monkeypatch), []
         thread = in_background(client, SHORT, answers)
         wait_until(lambda: client.get("/health").status_code == 503, "the stall is told")
@@ -178,16 +195,16 @@ def test_what_does_not_end_in_time_is_told_so(llm, monkeypatch):
         assert "closing" in last["error"]["message"]
 
 
-def raw(server: HttpServer, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """Returns a server's answer to bytes that come in pieces, until it closes the connection."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=HANG_S) as connection:
-        for piece in pieces:
-            connection.sendall(piece)
-            time.sleep(pause_s)
-        answer = b""
-        while data := connection.recv(65536):
-            answer += data
-    return answer
+def raw(server: HttpServer, sent: bytes = b"", *, then: bytes = b"") -> bytes:
+    """Returns a server's answer to bytes, until it closes the connection.
+
+    ``then`` is sent again and again until the answer begins.
+    """
+    with connected(server.url) as connection:
+        connection.sendall(sent)
+        while then and not select.select([connection], [], [], 0.02)[0]:
+            connection.sendall(then)
+        return read_all(connection)
 
 
 def test_clients_have_a_time_to_send_headers_and_body(llm):
@@ -197,6 +214,9 @@ def test_clients_have_a_time_to_send_headers_and_body(llm):
             answer = raw(server, sent)
             assert answer.startswith(b"HTTP/1.1 408 ")
             assert b"request_timeout" in answer
+        for sent, then in ((START, b"x: y\r\n"), (START + b"Content-Length: 9999\r\n\r\n", b" ")):
+            answer = raw(server, sent, then=then)  # which never stops for long
+            assert answer.startswith(b"HTTP/1.1 408 ")
         assert client.get("/health").status_code == 200
 
 

@@ -1,9 +1,10 @@
 """openai-python, unmodified, against a server: what it asks for and how it reads what it gets."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -32,6 +33,7 @@ def api(llm: LLM) -> Iterator[openai.OpenAI]:
 def test_it_lists_the_model_and_knows_that_there_is_no_other(api):
     (model,) = api.models.list()
     assert model.id == api.models.retrieve("tiny").id == "tiny"
+    assert model.max_model_len == 320
     with pytest.raises(openai.NotFoundError) as caught:
         api.chat.completions.create(**CHAT | {"model": "gpt-5"})
     assert caught.value.code == "model_not_found"
@@ -108,6 +110,23 @@ def test_errors_are_of_their_own_kinds(llm):
             assert e.value.code == "context_length_exceeded"
             with pytest.raises(openai.BadRequestError, match="temperature"):
                 client.chat.completions.create(**CHAT | {"temperature": -1})
+
+
+def test_an_error_in_mid_stream_is_raised_once_the_pieces_before_it_were_given(llm, monkeypatch):
+    run, n_left = llm._runner.run, itertools.count(20, -1)
+
+    def failing(command: Any) -> Any:
+        if next(n_left) < 0:
+            raise RuntimeError("the device is gone")
+        return run(command)
+
+    with serving(llm) as server, client_of(server) as client, monkeypatch.context() as patch:
+        patch.setattr(llm._runner, "run", failing)
+        options = CHAT | {"max_completion_tokens": 100, "stream": True}
+        pieces = client.chat.completions.create(**options, **IGNORING)
+        assert next(pieces).choices[0].delta.role == "assistant"
+        with pytest.raises(openai.APIError, match="the device is gone"):
+            list(pieces)
 
 
 def test_a_full_queue_is_tried_again_by_the_client_itself(llm):

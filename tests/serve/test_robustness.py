@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from waiting import wait_until
 
 from hotloop import LLM
 from hotloop.serve.lifecycle import HttpServer
+from hotloop.serve.protocol import LimitedProtocol
 
 ASKED = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 2}
 LONG = ASKED | {"max_tokens": 300, "stream": True}
@@ -104,6 +106,32 @@ def test_200_clients_that_connect_and_drop(llm, first):
         expect_as_before(server, first)
 
 
+def test_clients_that_have_gone_leave_no_memory(llm, first):
+    big = request(b'{"prompt": "' + b"x" * 2 * MIB + b'", "n": 0}')
+    sizes = []
+    with serving(llm, max_queued=200) as server:
+
+        def come_and_go() -> None:
+            for i in range(60):
+                drop(server.url, i)
+            for sent in (big, big[:-MIB], *(sent for sent, _ in NO_REQUESTS)):
+                with connected(server.url) as connection:
+                    connection.sendall(sent)
+            expect_as_before(server, first)
+
+        come_and_go()  # which fills caches
+        tracemalloc.start()
+        try:
+            for _ in range(4):
+                come_and_go()
+                gc.collect()
+                sizes.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+    grown = min(after - before for before, after in itertools.pairwise(sizes))
+    assert grown < 72 * 500, f"less than each client's request: {sizes}"
+
+
 def test_who_does_not_read_is_dropped_and_the_others_do_not_wait_for_it(llm, first):
     with serving(llm, send_s=0.5) as server:
         server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -117,10 +145,33 @@ def test_who_does_not_read_is_dropped_and_the_others_do_not_wait_for_it(llm, fir
         assert b"[DONE]" not in unread
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_ends_its_side_of_a_connection_has_disconnected(llm, first, stream):
+    with serving(llm) as server, connected(server.url) as connection:
+        state = server.served.model.service.state
+        n_steps = state().n_steps
+        connection.sendall(request(LONG | {"stream": stream}))
+        wait_until(lambda: state().n_steps > n_steps, "it is decoded")
+        connection.shutdown(socket.SHUT_WR)
+        told = read_all(connection)
+        expect_as_before(server, first)
+        cancelled = 'hotloop:request_cancelled_total{model_name="tiny"} 1.0'
+        assert cancelled in httpx2.get(f"{server.url}/metrics", timeout=600).text
+    assert b"[DONE]" not in told
+
+
 # ------------------------------------------------------------------------------ bytes
 
 
-def test_a_request_may_come_byte_by_byte(llm, first):
+def test_a_request_may_come_byte_by_byte(llm, first, monkeypatch):
+    receive = LimitedProtocol.data_received
+
+    def bytewise(self: LimitedProtocol, data: bytes) -> None:
+        """What was sent one by one can arrive together."""
+        for byte in data:
+            receive(self, bytes([byte]))
+
+    monkeypatch.setattr(LimitedProtocol, "data_received", bytewise)
     with serving(llm) as server, connected(server.url) as connection:
         for byte in request(ASKED, fields="Connection: close\r\n"):
             connection.sendall(bytes([byte]))

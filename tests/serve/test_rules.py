@@ -223,6 +223,24 @@ def test_each_token_has_its_own_log_probability_in_chunks_of_several_tokens(draf
     assert 0 < accepted <= drafted
 
 
+@pytest.mark.parametrize("details", [False, True])
+def test_log_probabilities_of_a_chat_are_those_of_the_tokens_of_each_chunk(drafting, details):
+    begun = [*HELLO, {"role": "assistant", "content": "e"}]  # one of the ten
+    asked = ASKED | {"messages": begun, "continue_final_message": True, "max_tokens": 60}
+    asked |= {"logprobs": True, "top_logprobs": 1, "hotloop": {"details": details}}
+    (whole,) = choices(drafting, asked)
+    *chunks, _ = events(drafting.post(CHAT, json=asked | {"stream": True}))
+    pieces = [chunk["choices"][0] for chunk in chunks]
+    streamed = [piece["logprobs"]["content"] for piece in pieces if piece["logprobs"]]
+    assert max(map(len, streamed)) > 1, "some chunks have several tokens"
+    assert [entry for entries in streamed for entry in entries] == whole["logprobs"]["content"]
+    for piece in pieces:
+        if piece["logprobs"]:
+            said = "".join(entry["token"] for entry in piece["logprobs"]["content"])
+            assert piece["delta"]["content"] == said
+    assert len(whole["logprobs"]["content"]) == 60
+
+
 def draft_counts(client: httpx2.Client) -> tuple[float, float]:
     """Returns how many tokens were drafted, and accepted."""
     counted = {

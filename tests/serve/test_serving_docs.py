@@ -12,7 +12,10 @@ from pathlib import Path
 import httpx2
 
 from hotloop.cli import help_pages
+from hotloop.engine.service import MAX_BEHIND
+from hotloop.serve.served import STALLED_S
 from hotloop.serve.settings import KIB, MIB, ServerSettings
+from hotloop.types import MAX_GRAMMAR_BYTES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "serving.md"
@@ -66,6 +69,9 @@ def test_the_limits_are_those_of_the_settings():
         f"| stop strings | {settings.max_stops} |",
         f"cancelled after {settings.send_s:g} s",
         f"every {settings.ping_s:g} s",
+        f"or when it is {MAX_BEHIND // MIB} MiB behind",
+        f"| a schema or grammar | {MAX_GRAMMAR_BYTES // KIB} KiB",
+        f"beyond {STALLED_S:g} s `/health` answers 503",
     ):
         assert stated in PAGE.read_text()
 

@@ -130,7 +130,11 @@ class _OneEngine(_Options):
 
 
 class _ServedEngine(_OneEngine):
-    """Options of an engine that serves several requests at once."""
+    """Options of an engine that serves several requests at once; None where one was not given."""
+
+    def config(self, model: str) -> EngineConfig:
+        """Makes the configuration of ``model``, with a server's defaults."""
+        return EngineConfig(model=model, **SERVED_DEFAULTS | self.given())
 
     def overrides(self, config: EngineConfig) -> dict[str, Any]:
         """Returns the levers that differ in this engine from a measured configuration.
@@ -141,7 +145,7 @@ class _ServedEngine(_OneEngine):
         left = [
             name for name in SERVED_DEFAULTS if getattr(config, name) == getattr(EngineConfig, name)
         ]
-        return {name: getattr(self, name) for name in left} | self.given()
+        return {name: SERVED_DEFAULTS[name] for name in left} | self.given()
 
 
 class _ManyEngines(_Options):
@@ -190,13 +194,16 @@ def _one_value(name: str) -> tuple[str, Any, Any]:
 
 
 def _served_value(name: str) -> tuple[str, Any, Any]:
-    """Makes the option of a lever of a server's engine, whose default can differ."""
-    if name not in _SERVED_WORDS:
-        return _one_value(name)
-    hint: Any = _HINTS[name]
-    default = SERVED_DEFAULTS.get(name, getattr(EngineConfig, name))
-    words = _SERVED_WORDS[name]
-    return name, Annotated[hint, lever_option(name, default=words)], field(default=default)
+    """Makes the option of a lever of a server's engine.
+
+    Its default is None: an option that is given as the lever's default is given, too.
+    """
+    hint: Any = _HINTS[name] | None
+    default = getattr(EngineConfig, name)
+    words = _SERVED_WORDS.get(name) or LEVERS[name].default
+    if words is None and default not in (None, False):
+        words = str(default)
+    return name, Annotated[hint, lever_option(name, default=words)], field(default=None)
 
 
 def _several_values(name: str) -> tuple[str, Any, Any]:
@@ -213,7 +220,7 @@ def _options(name: str, base: type[_Options], fields: Iterable[tuple[str, Any, A
     return Parameter(name="*")(made)
 
 
-SERVED_DEFAULTS = {"max_batch_size": 8, "prefix_cache": "chunks"}
+SERVED_DEFAULTS: dict[str, Any] = {"max_batch_size": 8, "prefix_cache": "chunks"}
 """Defaults of a server that differ from those of an engine, for several requests at once."""
 
 _SERVED_WORDS = {name: str(value) for name, value in SERVED_DEFAULTS.items()}
