@@ -1,3 +1,6 @@
+import itertools
+import re
+
 import pytest
 
 from hotloop.errors import ConfigError
@@ -65,3 +68,41 @@ def test_windows_of_few_articles_are_not_clustered_by_article():
     assert windows_of_articles(list, text, starts, 10, 190) is None
     assert windows_of_articles(list, text, starts, 10, 200) == (10,) * 20
     assert windows_of_articles(list, text, [], 10, 200) is None
+
+
+def words_and_spaces(text: str) -> list[str]:
+    """Tokens as byte-level BPE makes them: white space is one token where nothing follows it."""
+    return re.findall(r"\s+(?!\S)| ?\S+|\s", text)
+
+
+def test_articles_end_within_a_token_of_where_they_do_in_the_text_however_many_come_before():
+    names = [f"article{i}" for i in range(400)]
+    text = "".join(f"{name} {'word ' * (i % 3)}end\n\n" for i, name in enumerate(names))
+    starts = [text.index(f"{name} ") for name in names]
+    tokens = words_and_spaces(text)
+    assert sum(len(words_and_spaces(part)) for part in re.split("(?=article)", text)) != len(tokens)
+    size = 2
+    middles = [i * size + size // 2 for i in range(len(tokens) // size)]
+    # The article of each token is the last whose name has come.
+    of_token, seen = [], 0
+    for token in tokens:
+        seen += "article" in token
+        of_token.append(seen)
+    inside = [of_token[middle] for middle in middles]
+    expected = [inside.count(each) for each in dict.fromkeys(inside)]
+    counts = windows_of_articles(words_and_spaces, text, starts, size, len(middles))
+    assert len(counts) == len(expected) == len(names)
+    ends = zip(itertools.accumulate(counts), itertools.accumulate(expected), strict=True)
+    assert all(abs(end - other) <= 1 for end, other in ends)
+
+
+def test_a_last_window_beyond_the_ends_that_were_counted_is_of_the_last_article():
+    text, starts = articles([10] * 20)
+
+    def depends_on_length(part: str) -> list[str]:
+        """A tokenizer that makes more of a whole text than of its parts."""
+        return list(part) + ["more"] * 10 * (part == text)
+
+    n = len(take_windows(depends_on_length, text, 10))
+    assert n == 21
+    assert windows_of_articles(depends_on_length, text, starts, 10, n) == (*[1] * 19, 2)

@@ -41,6 +41,22 @@ RECORDS = [
 ]
 
 
+def test_print_shows_what_is_folded_on_the_screen_but_for_samples_and_settings(tmp_path):
+    file = tmp_path / "report.html"
+    faster = [with_verdict(record(f"int4-g{n}/compile", 99.0, loss=0.3), 60) for n in (32, 128)]
+    file.write_text(to_html([*RECORDS, *faster]))
+    shown = "s => [...document.querySelectorAll(s)].some(element => element.checkVisibility())"
+    folded = [".facts details dd", ".verdict details li", ".cells details dd"]
+    with started_browser() as browser:
+        page = browser.new_page()
+        page.goto(file.as_uri())
+        on_screen = [page.evaluate(shown, selector) for selector in folded]
+        page.emulate_media(media="print")
+        on_paper = [page.evaluate(shown, selector) for selector in folded]
+    assert on_screen == [False, False, False]
+    assert on_paper == [True, True, False]
+
+
 def test_no_page_is_wider_than_its_screen_and_no_table_than_a_desktop_or_paper(tmp_path):
     file = tmp_path / "report.html"
     file.write_text(to_html(RECORDS))

@@ -14,6 +14,7 @@ ENOUGH_ARTICLES = 20
 
 _CHARS_PER_TOKEN = 8
 _SPARE_TOKENS = 256
+_LEAD_CHARS = 256
 
 
 def take_windows(
@@ -97,8 +98,9 @@ def windows_of_articles(
 ) -> tuple[int, ...] | None:
     """Counts the windows of each article, in the order of the text.
 
-    A window is of the article in which its middle lies. Articles are tokenized one by one, which
-    moves their ends by a token or so.
+    A window is of the article in which its middle lies. Each article is tokenized behind the end of
+    the text before it, and the tokens of that end are subtracted. So whatever a cut does to tokens
+    moves the end of one article, and does not add up over the articles.
 
     Args:
         encode: Makes token ids of a text.
@@ -114,10 +116,13 @@ def windows_of_articles(
         return None
     ends, needed = [len(encode(text[: starts[0]]))], n_windows * size
     for start, end in itertools.pairwise((*starts, len(text))):
-        ends.append(ends[-1] + len(encode(text[start:end])))
         if ends[-1] >= needed:
             break
+        before = max(0, start - _LEAD_CHARS)
+        n_tokens = len(encode(text[before:end])) - len(encode(text[before:start]))
+        ends.append(ends[-1] + n_tokens)
+    last = len(ends) - 1
     middles = (i * size + size // 2 for i in range(n_windows))
-    articles = itertools.groupby(bisect_right(ends, middle) for middle in middles)
+    articles = itertools.groupby(min(bisect_right(ends, middle), last) for middle in middles)
     counts = tuple(len(list(windows)) for _, windows in articles)
     return counts if len(counts) >= ENOUGH_ARTICLES else None

@@ -68,7 +68,12 @@ def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cited": _cited, "breakable": _breakable}
+    environment.filters |= {
+        "cited": _cited,
+        "breakable": _breakable,
+        "tied": _tied,
+        "unbroken": _unbroken,
+    }
     return environment.get_template("report.html.j2").render(
         groups=groups,
         acceptances=[percent(p) for p in ACCEPTANCES],
@@ -107,7 +112,20 @@ def _cited(text: str) -> Markup:
     assert found is not None, "every text matches"
     numbers = re.findall(r"\d+", found[2])
     sup = Markup("<sup>{}</sup>").format(" ".join(f"[{n}]" for n in numbers)) if numbers else ""
-    return _breakable(_TIED.sub("\\1\N{NO-BREAK SPACE}", found[1])) + sup
+    return _breakable(_tied(found[1])) + sup
+
+
+def _tied(text: str) -> str:
+    """Puts no-break spaces where a line must not break."""
+    return _TIED.sub("\\1\N{NO-BREAK SPACE}", text)
+
+
+def _unbroken(text: str) -> Markup:
+    """Keeps words with hyphens, such as options of a command, in one line where they fit."""
+    return Markup(" ").join(
+        Markup('<span class="word">{}</span>').format(word) if "-" in word else word
+        for word in printable(text).split(" ")
+    )
 
 
 def _breakable(text: str) -> Markup:

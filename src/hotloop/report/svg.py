@@ -83,7 +83,9 @@ def legend(chart: Chart) -> list[tuple[Markup, str]]:
     entries = []
     for series in filter(lambda s: s.name, chart.series):
         line = '<line class="line {} s{}" x1="1" y1="8" x2="21" y2="8"/>'
-        drawn = _tag(line, series.kind, _style(series)) if series.kind != "marks" else Markup("")
+        drawn = (
+            _tag(line, _line_kind(series), _style(series)) if series.kind != "marks" else Markup("")
+        )
         if series.kind in ("marks", "joined"):
             drawn += _mark(11, 8, series, Point(x=0, y=0))
         entries.append((_swatch(drawn), series.name))
@@ -221,8 +223,13 @@ def _line(series: Series, frame: _Frame) -> Markup:
     if series.kind == "marks" or len(series.points) < 2:
         return Markup("")
     corners = " ".join(f"{frame.across(p.x):.2f},{frame.up(p.y):.2f}" for p in series.points)
-    kind = "front" if series.kind == "dashed" and series.name else series.kind
-    return _tag('<polyline class="line {} s{}" points="{}"/>', kind, _style(series), corners)
+    line = '<polyline class="line {} s{}" points="{}"/>'
+    return _tag(line, _line_kind(series), _style(series), corners)
+
+
+def _line_kind(series: Series) -> str:
+    """Returns a line's class: a dashed line with a name is the Pareto front."""
+    return "front" if series.kind == "dashed" and series.name else series.kind
 
 
 def _whiskers(point: Point, series: Series, frame: _Frame) -> Markup:
