@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -52,6 +52,41 @@ Refuse = Callable[[Path | str, str], HotloopError]
 def config_error(file: Path | str, problem: str) -> ConfigError:
     """Makes the error for a file of the user: a recipe, a template, a text."""
     return ConfigError(f"{shorten(str(file))}: {problem}")
+
+
+TEXT_CONFIG = "text_config"
+"""The key of ``config.json`` under which some writers nest the keys of the language model."""
+
+_OF_THE_WRAPPER = frozenset({"architectures", "model_type", "transformers_version"})
+"""Keys that a nested object and what is around it have each for themselves."""
+
+
+def unnest(config: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
+    """Joins the keys of ``text_config`` with those around it, which name the architecture.
+
+    Args:
+        config: The keys of a ``config.json``.
+        file: Their file, for errors.
+
+    Raises:
+        ConfigError: A key has one value in ``text_config``, and another around it.
+    """
+    nested = config.get(TEXT_CONFIG)
+    if not isinstance(nested, dict):
+        return dict(config)
+    around = {
+        key: value
+        for key, value in config.items()
+        if key != TEXT_CONFIG and not (value is None and key in nested)
+    }
+    for key in sorted(nested.keys() & around.keys() - _OF_THE_WRAPPER):
+        if nested[key] not in (None, around[key]) and not key.startswith("_"):
+            raise config_error(
+                file,
+                f"{key} is {shorten_value(around[key])}, but {shorten_value(nested[key])} in "
+                f"{TEXT_CONFIG}: remove the one that is wrong",
+            )
+    return nested | around
 
 
 def file_kind(path: Path, *, refuse: Refuse = CheckpointError) -> Literal["file", "folder"]:

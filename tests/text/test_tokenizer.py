@@ -105,6 +105,14 @@ def test_saved_tokenizer_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: P
             assert again.encode(text, **options) == tokenizer.encode(text, **options)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_tokens_that_the_models_configuration_names_end_answers(nested, tmp_path):
+    folder, said = byte_level_folder(tmp_path), {"eos_token_id": [7, 9]}
+    before = load_tokenizer(folder).eos_ids
+    write(folder, "config.json", {"text_config": said} if nested else said)
+    assert load_tokenizer(folder).eos_ids == before | {7, 9}
+
+
 def test_saving_keeps_the_sampling_beside_it(chatty: Tokenizer, tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", {"eos_token_id": 0, "temperature": 0.5})
     chatty.save(tmp_path)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
+    preset_name_to_scheme,
 )
 from stored_models import (
     RAGGED,
@@ -34,6 +36,7 @@ from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.encodings.compressed_tensors import fp4_table
 from hotloop.weights.checkpoint import open_checkpoint
 
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 GROUPS_OF_32 = {"num_bits": 4, "strategy": "group", "group_size": 32}
 CHANNELS = {"num_bits": 8, "strategy": "channel"}
 BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
@@ -167,6 +170,33 @@ def test_sizes_need_not_be_whole_words_or_blocks(name, tmp_path):
     keys = RAGGED | {"intermediate_size": 203}
     encode = compressed(scheme)
     assert_same_model(*write_stored(tmp_path, encode, description(scheme, format_=format_), **keys))
+
+
+PRESETS = {
+    "W4A16": "pack-quantized",
+    "W4A16_ASYM": "pack-quantized",
+    "W8A16": "pack-quantized",
+    "W8A8": "int-quantized",
+    "FP8": "float-quantized",
+    "FP8_DYNAMIC": "float-quantized",
+    "FP8_BLOCK": "float-quantized",
+    "NVFP4": "nvfp4-pack-quantized",
+    "MXFP4A16": "mxfp4-pack-quantized",
+}
+"""What LLM Compressor's recipes name, and the format that each is stored in."""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_the_library_are_read_whatever_they_say_of_activations(name, tmp_path):
+    scheme = preset_name_to_scheme(name, ["Linear"])
+    scheme.format = PRESETS[name]
+    said = description(scheme, format_=PRESETS[name])
+    for_activations = said["config_groups"]["group_0"]["input_activations"]
+    assert (for_activations is None) == name.endswith(("A16", "A16_ASYM"))
+    scales = {f"{Q_PROJ}.input_scale": torch.ones(1), f"{Q_PROJ}.input_global_scale": torch.ones(1)}
+    extra = {} if for_activations is None else scales
+    keys = {"hidden_size": 128, "intermediate_size": 256}
+    assert_same_model(*write_stored(tmp_path, compressed(scheme), said, extra=extra, **keys))
 
 
 def test_the_name_of_a_repository_means_nothing(tmp_path):
@@ -336,13 +366,47 @@ def test_a_divisor_may_be_larger_than_the_models_type_holds(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_the_description_may_lie_in_text_config(key, tmp_path):
-    said = {"quant_method": "compressed-tensors"}
+@pytest.mark.parametrize("nested", ["the description", "everything"])
+def test_the_description_may_lie_in_text_config(nested, key, tmp_path):
+    scheme = scheme_of("pack-quantized", **GROUPS_OF_32)
+    said = description(scheme, format_="pack-quantized")
+
+    def nest(folder: Path, **others: Any) -> Path:
+        """Moves keys of a checkpoint's configuration into ``text_config``."""
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) | {key: said} | others
+        around = {"architectures"} if nested == "everything" else config.keys() - {key}
+        config |= {"text_config": {k: config.pop(k) for k in config.keys() - around}}
+        file.write_text(json.dumps(config | {"model_type": "around"}))
+        return folder
+
+    quantized, dense = write_stored(tmp_path, compressed(scheme), None)
+    assert_same_model(nest(quantized), dense)
+    with closing(open_checkpoint(quantized)) as checkpoint:
+        assert checkpoint.quantization_config == (f"{quantized / 'config.json'}, {key}", said)
+    said["ignore"].append("re:.*q_proj")
+    quantized, _ = write_stored(tmp_path / "other", compressed(scheme), None)
+    assert "says that it is not quantized" in refusal(nest(quantized))
+
+
+def test_what_text_config_and_the_keys_around_it_contradict_each_other_in_is_named(tmp_path):
     folder = write_folder(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text()) | {"text_config": {key: said}}
-    (folder / "config.json").write_text(json.dumps(config))
-    with closing(open_checkpoint(folder)) as checkpoint:
-        assert checkpoint.quantization_config == (f"{folder / 'config.json'}, {key}", said)
+    config = json.loads((folder / "config.json").read_text())
+    nested = {"hidden_size": 64, "rms_norm_eps": 1e-6, "_name_or_path": "x", "vocab_size": None}
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": nested}))
+    assert "rms_norm_eps is 1e-05, but 1e-06 in text_config" in refusal(folder, quant="none")
+
+
+def test_a_matrix_that_targets_name_and_that_is_not_quantized_is_refused(tmp_path):
+    scheme = scheme_of("pack-quantized", **GROUPS_OF_32)
+
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        return None if name == Q_PROJ else compressed(scheme)(name, weight)
+
+    said = description(scheme, format_="pack-quantized")
+    message = refusal(write_stored(tmp_path, encode, said)[0])
+    assert f"{Q_PROJ}.weight" in message
+    assert "says that it is quantized (compressed-tensors pack-quantized)" in message
 
 
 @pytest.mark.parametrize(

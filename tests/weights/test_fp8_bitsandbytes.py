@@ -1,6 +1,7 @@
 """Checkpoints of fp8, bitsandbytes and AutoRound are read as they are stored."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from stored_models import (
     write_stored,
 )
 from test_awq_gptq import awq, gptq
+from test_compressed_tensors import FORMATS, compressed, scheme_of
 from torch import Tensor
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 PER_TENSOR = FP8 | {"weight_block_size": None, "activation_scheme": "static"}
@@ -79,6 +82,24 @@ def test_scale_inv_multiplies_as_in_transformers():
     parts = stored[".weight"], stored[".weight_scale_inv"]
     theirs = Fp8Dequantize(None)._dequantize_one(*parts, torch.float32)
     torch.testing.assert_close(theirs, worth)
+
+
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_what_transformers_quantized_is_worth_what_it_makes_of_it(scale_fmt, tmp_path):
+    config = FineGrainedFP8Config(scale_fmt=scale_fmt, modules_to_not_convert=["lm_head"])
+    quantizer = SimpleNamespace(quantization_config=config)
+
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if name == "lm_head":
+            return None
+        made = Fp8Quantize(quantizer).convert({f"{name}.weight": weight})
+        stored = {part.removeprefix(name): tensor for part, tensor in made.items()}
+        values, scale = stored[".weight"], stored[".weight_scale_inv"]
+        assert values.dtype == torch.float8_e4m3fn
+        return stored, Fp8Dequantize(quantizer)._dequantize_one(values, scale, torch.float32)
+
+    said = config.to_dict()
+    assert_same_model(*write_stored(tmp_path, encode, said, **SIZES["whole blocks"]))
 
 
 @pytest.mark.parametrize(
@@ -234,6 +255,13 @@ def test_auto_round_is_read_in_the_packing_that_it_names(packing, symmetric, tmp
     method = awq if packing.endswith("awq") else gptq
     said = ROUND | {"packing_format": f"auto_round:{packing}", "sym": symmetric}
     assert_same_model(*write_stored(tmp_path, method(32, symmetric=symmetric), said))
+
+
+def test_auto_round_is_read_in_the_packing_of_llm_compressor(tmp_path):
+    format_, args = FORMATS["int4 in groups"]
+    encode = compressed(scheme_of(format_, **args))
+    said = ROUND | {"packing_format": "auto_round:llm_compressor", "sym": True}
+    assert_same_model(*write_stored(tmp_path, encode, said))
 
 
 def test_auto_round_may_name_the_tool_whose_packing_it_uses(tmp_path):

@@ -1,8 +1,9 @@
 """Packed weights of every kernel layout are restored from an entry of the cache."""
 
+import shutil
+
 import pytest
-from stored_models import write_stored
-from test_awq_gptq import AWQ, GPTQ, awq, gptq
+from every_encoding import ENCODINGS
 from whole_models import CONFIG, CPU, assert_same_weights, load, write_folder, write_gguf_model
 
 from hotloop.kernels.attention import torch_attention
@@ -11,11 +12,14 @@ from hotloop.models.families import read_config
 from hotloop.models.linear import Linear
 from hotloop.weights.packed_cache import load_packed, store_packed
 
+SIZES = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 1}
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("hotloop.weights.packed_cache.cache_dir", lambda: tmp_path)
     monkeypatch.setattr("hotloop.weights.packed_cache.writable_cache_dir", lambda: tmp_path)
+    return tmp_path
 
 
 def assert_restored(whole: Decoder, **keys: object) -> None:
@@ -43,12 +47,13 @@ def test_schemes(quant, fused, tmp_path):
     assert_restored(load(write_folder(tmp_path / "m"), quant=quant, fused=fused))
 
 
-@pytest.mark.parametrize(
-    ("encode", "said"), [(awq(32), AWQ), (gptq(32, act_order=True), GPTQ | {"desc_act": True})]
-)
-def test_encodings(encode, said, tmp_path):
-    quantized, _ = write_stored(tmp_path / "m", encode, said)
-    assert_restored(load(quantized, quant="auto"))
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_encodings(encoding, cache, tmp_path):
+    (folder := tmp_path / "m").mkdir()
+    model = ENCODINGS[encoding](folder, **SIZES)
+    for fused in (False, True):
+        assert_restored(load(model, quant="auto", fused=fused), **SIZES)
+        shutil.rmtree(cache / "packed")
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -267,7 +267,8 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
         validated(TokenizerConfig, older, older_file)
         config = {**config, **older}
     if config.get("tokenizer_class") is None:
-        model = read_optional_json(folder / MODEL_CONFIG)
+        file = folder / MODEL_CONFIG
+        model = outside.unnest(read_optional_json(file), file)
         for name in (model.get("tokenizer_class"), _class_of_model(model.get("model_type"))):
             if isinstance(name, str):
                 config["tokenizer_class"] = name
@@ -310,6 +311,7 @@ def read_end_ids(file: Path) -> frozenset[int]:
     """Reads the ids of ``eos_token_id``, which is one id, a list of them, or nothing.
 
     Raises:
-        CheckpointError: The file is not JSON, or the key holds something else.
+        HotloopError: The file is not JSON, or the key holds something else, or two things.
     """
-    return frozenset(validated(_EndIds, read_optional_json(file), file).eos_token_id or ())
+    keys = outside.unnest(read_optional_json(file), file)
+    return frozenset(validated(_EndIds, keys, file).eos_token_id or ())

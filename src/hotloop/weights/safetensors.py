@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
-from hotloop.outside import config_error, parse_json, read_json
+from hotloop.outside import config_error, parse_json, read_json, unnest
 from hotloop.weights.identity import DESCRIPTION_KEYS, QUANTIZATION_FILES, SINGLE_FILE
 from hotloop.weights.tensor_file import (
     TensorFile,
@@ -83,7 +83,7 @@ class SafetensorsCheckpoint:
             raise CheckpointError(
                 self.config_file, "is missing: a model folder needs it beside its weights"
             )
-        self.config: dict[str, Any] = read_json(self.config_file)
+        self.config = unnest(read_json(self.config_file), self.config_file)
         self.quantization_config = _quantization_config(self.config, self.config_file)
         placed = _place_tensors(folder)
         with ExitStack() as opened:
@@ -149,15 +149,11 @@ def _quantization_config(
     config: Mapping[str, Any], file: Path
 ) -> tuple[str, Mapping[str, Any]] | None:
     """Finds the description that a quantizer wrote: in ``config.json``, or in a file beside it."""
-    text = config.get("text_config")
-    for keys in (config, text if isinstance(text, dict) else {}):
-        for key in DESCRIPTION_KEYS:
-            if (found := keys.get(key)) is not None:
-                if not isinstance(found, dict):
-                    raise config_error(
-                        file, f"{key}: must be an object, not {shorten_value(found)}"
-                    )
-                return f"{file}, {key}", found
+    for key in DESCRIPTION_KEYS:
+        if (found := config.get(key)) is not None:
+            if not isinstance(found, dict):
+                raise config_error(file, f"{key}: must be an object, not {shorten_value(found)}")
+            return f"{file}, {key}", found
     for name in QUANTIZATION_FILES:
         if (beside := file.with_name(name)).exists():
             return str(beside), read_json(beside)
