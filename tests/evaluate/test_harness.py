@@ -173,8 +173,9 @@ def test_log_likelihoods_are_those_of_lm_evals_own_backend(both):
 FACTS = Path(__file__).parents[2] / "recipes/facts.jsonl"
 
 
-@pytest.mark.slow
-def test_a_real_models_answers_are_those_of_lm_evals_own_backend_item_by_item(tmp_path):
+@pytest.fixture(scope="module")
+def both_of_smollm2(tmp_path_factory):
+    """lm-eval's model of Hugging Face and ours, of SmolLM2's weights; ours scores in batches."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'hotloop[eval]'")
     pytest.importorskip("accelerate", reason="lm-eval's own backend needs accelerate")
     from lm_eval.models.huggingface import HFLM
@@ -187,26 +188,77 @@ def test_a_real_models_answers_are_those_of_lm_evals_own_backend_item_by_item(tm
         resolve_model("smollm2-135m")
     except ModelNotFoundError:
         pytest.skip("smollm2-135m is not here: hotloop pull smollm2-135m")
+    folder = tmp_path_factory.mktemp("tokenizer")
     options = {"model": "smollm2-135m", "dtype": "float32", "device": "cpu", "max_seq_len": 128}
     hugging_face = ENGINE.create(EngineConfig(engine="transformers", **options))
-    items = map(json.loads, FACTS.read_text().splitlines()[:24])
-    asked = instances("loglikelihood", [(i["context"], f" {i['continuation']}") for i in items])
-    with LLM(quant="none", **options) as llm:
-        llm.tokenizer.save(tmp_path)
+    with LLM(quant="none", max_batch_size=4, **options) as llm:
+        llm.tokenizer.save(folder)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|im_end|>"
+            tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|im_end|>"
         )
-        theirs = HFLM(pretrained=hugging_face._model, tokenizer=tokenizer, batch_size=1)
-        expected = theirs.loglikelihood(asked, disable_tqdm=True)
-        ours = EngineLM(llm).loglikelihood(asked, disable_tqdm=True)
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
-    # Thirty layers round differently, and a likelihood is a sum over tokens.
-    torch.testing.assert_close(
-        torch.tensor([p for p, _ in ours]),
-        torch.tensor([p for p, _ in expected]),
-        rtol=1e-5,
-        atol=1e-4,
+        theirs = HFLM(
+            pretrained=hugging_face._model, tokenizer=tokenizer, batch_size=1, max_length=127
+        )
+        yield theirs, EngineLM(llm)
+
+
+# Thirty layers round differently, and a likelihood is a sum over tokens.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-3}
+
+
+def facts(n):
+    """Questions of four choices, which are the answers to other questions too."""
+    items = [json.loads(line) for line in FACTS.read_text().splitlines()]
+    step = len(items) // n
+    for i in range(n):
+        choices = [items[(i + 7 * k) * step % len(items)]["continuation"] for k in range(4)]
+        gold = i % 4
+        choices[0], choices[gold] = choices[gold], choices[0]
+        yield {"q": items[i * step]["context"], "choices": choices, "gold": gold}
+
+
+def resps(samples):
+    """The log-likelihoods of each item, in order."""
+    return [
+        torch.tensor([float(p) for p, _ in sample["filtered_resps"]])
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["multiple_choice", "loglikelihood"])
+def test_smollm2_answers_as_in_lm_evals_own_backend_item_by_item_but_for_ties(
+    both_of_smollm2, kind, tmp_path
+):
+    from lm_eval import simple_evaluate
+
+    task, n = local_task(tmp_path, kind, facts(24)), 24
+    theirs, ours = (
+        simple_evaluate(model=lm, tasks=[task], log_samples=True, bootstrap_iters=0)
+        for lm in both_of_smollm2
     )
+    name = f"local_{kind}"
+    right = [harness.right_answers(name, each["samples"]) for each in (theirs, ours)]
+    assert 0 < sum(right[0]) < n, "some are right and some are wrong"
+    likelihoods = [resps(each["samples"][name]) for each in (theirs, ours)]
+    assert len(likelihoods[0]) == n
+    for expected, found, was, is_now in zip(*likelihoods, *right, strict=True):
+        torch.testing.assert_close(found, expected, **ROUNDING)
+        best = expected.sort(descending=True).values
+        is_tie = kind == "multiple_choice" and best[0] - best[1] < 2e-3
+        assert was == is_now or is_tie
+
+
+@pytest.mark.slow
+def test_smollm2_scores_documents_and_writes_answers_as_in_lm_evals_own_backend(both_of_smollm2):
+    documents = instances("loglikelihood_rolling", [(TEXT,), (TEXT * 9,)])
+    expected, found = (lm.loglikelihood_rolling(documents, True) for lm in both_of_smollm2)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **ROUNDING)
+    options = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": False}
+    asked = instances("generate_until", [(item["q"], options) for item in facts(4)])
+    expected, found = (lm.generate_until(asked, True) for lm in both_of_smollm2)
+    assert found == expected
+    assert any(expected)
 
 
 def test_rolling_log_likelihoods_are_those_of_lm_evals_own_backend(both):
@@ -260,12 +312,14 @@ LOCAL = {
 }
 
 
-def local_task(folder, kind) -> str:
+ITEMS = [
+    {"q": f"The {a} is", "choices": [a, "blue", "long"], "gold": i % 3}
+    for i, a in enumerate(("sea", "way", "road", "bee", "sky", "tea"))
+]
+
+
+def local_task(folder, kind, items=ITEMS) -> str:
     """A task of one kind in a file, whose data is a file, too: nothing is fetched."""
-    items = [
-        {"q": f"The {a} is", "choices": [a, "blue", "long"], "gold": i % 3}
-        for i, a in enumerate(("sea", "way", "road", "bee", "sky", "tea"))
-    ]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     fields, metrics = LOCAL[kind]
     task = {
