@@ -1,11 +1,16 @@
-"""Heavy clients, unmodified, against a server. Each is skipped where it is not installed."""
+"""Heavy clients, unmodified, against a server. Each is skipped where it is not installed.
+
+Servers are of a tiny model, and of SmolLM2 where that has been pulled.
+"""
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
 import pytest
@@ -13,11 +18,24 @@ from serving import HELLO, serving
 from waiting import HANG_S
 
 from hotloop import LLM
+from hotloop.errors import ModelNotFoundError
 from hotloop.serve.lifecycle import HttpServer
+from hotloop.weights.hub import resolve_model
 
 pytestmark = pytest.mark.clients
 
 QUESTION = "Say a word."
+
+
+@pytest.fixture(scope="module", params=["tiny", "smollm2-135m"])
+def llm(request: pytest.FixtureRequest, folder: Path) -> Iterator[LLM]:
+    try:
+        path = folder if request.param == "tiny" else resolve_model(request.param)
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
+    options = {"max_seq_len": 320, "max_batch_size": 3, "prefix_cache": "chunks"}
+    with LLM(str(path), device="cpu", **options) as llm:
+        yield llm
 
 
 @pytest.fixture
@@ -132,7 +150,9 @@ def test_aiperf_measures(server, folder, tmp_path):
     }
     given = itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
     command = ["aiperf", "profile", "--streaming", "--use-server-token-count", *given]
-    subprocess.run(command, check=True, timeout=HANG_S, cwd=folder.parent)
+    # Offline it takes every tokenizer for a repository's name.
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    subprocess.run(command, check=True, timeout=HANG_S, cwd=folder.parent, env=env)
     found = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
     assert found["request_count"]["avg"] == 4
     assert found["output_sequence_length"]["min"] == found["output_sequence_length"]["max"] == 8
