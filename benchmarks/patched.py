@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,36 @@ def copy_with(patch: Path, folder: Path) -> Path:
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder)}
     subprocess.run(command, cwd=copy, check=True, env=environment)
     return copy
+
+
+class Imported:
+    """Lets one process have several versions of hotloop, each imported from a folder of its own.
+
+    Args:
+        source: The folder that has the package.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._source, self._modules = str(source), dict[str, Any]()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Makes it the version that is imported, also later by its own functions."""
+        others = _taken_out()
+        sys.modules.update(self._modules)
+        sys.path.insert(0, self._source)
+        try:
+            yield
+        finally:
+            sys.path.remove(self._source)
+            self._modules = _taken_out()
+            sys.modules.update(others)
+
+
+def _taken_out() -> dict[str, Any]:
+    """Takes hotloop's modules out of those that are imported, and returns them."""
+    ours = [name for name in sys.modules if name.partition(".")[0] == "hotloop"]
+    return {name: sys.modules.pop(name) for name in ours}
 
 
 def importing_from(source: Path) -> str:

@@ -9,7 +9,8 @@ Two kinds of measurements, each of a shape and a scheme in a process of its own 
     prompts    time to the first token after 512 to 32,768 tokens
 
 Random weights, greedy, `fused`, on one GPU and on two. Results of an earlier run under ``--out``
-remain in the tables. On an H200 the tables have vLLM's figures beside them (``VLLM``).
+remain in the tables; ``--kinds`` without a name makes the tables alone. On an H200 they have vLLM's
+figures beside them (``VLLM``).
 ``--rehearse`` runs everything with a tiny model on a CPU.
 """
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--docs", type=Path, help="a page with marks for the tables of this --out")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--gpus", nargs="+", type=int, help="instead of 1, and 2 where there are 2")

@@ -182,10 +182,10 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def keep(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows to a file, replacing those of the same configuration and text."""
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """Writes a row to a file, replacing that of the same configuration and text."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    by_name = {(row["draft"], row["text"], row["config"]["quant"]): row for row in (*known, *rows)}
+    by_name = {(one["draft"], one["text"], one["config"]["quant"]): one for one in (*known, row)}
     result = {
         "what": "decode tok/s with speculative decoding over without, round by round",
         "rows": list(by_name.values()),
@@ -221,7 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "weights": args.weights,
         "assume_acceptance": args.assume_acceptance,
     }
-    rows = []
     for draft in args.drafts:
         drafting = {"draft_tokens": args.draft_tokens, "draft_policy": args.draft_policy}
         llm = LLM(args.model, draft=draft, **drafting, **options)
@@ -240,20 +239,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             if device.type == "cpu":
                 measured["processor_s"] = processor_s(llm)
-            rows.append(
-                {
-                    "draft": draft,
-                    "text": text,
-                    **measured,
-                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "config": llm.config.to_dict(),
-                    "provenance": provenance(device),
-                }
-            )
-            show(rows[-1])
+            row = {
+                "draft": draft,
+                "text": text,
+                **measured,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "config": llm.config.to_dict(),
+                "provenance": provenance(device),
+            }
+            show(row)
+            if args.out:
+                keep(args.out, row)
         llm.close()
-    if args.out:
-        keep(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,34 @@ every kernel of the replayed graph. A kernel that overlaps its predecessor (depe
 before that ends, so its *span* is the time from the end of the one before to its own end: spans add
 up to the step. They are summed by place in the layer. The gaps between steps, where the device has
 nothing to do, are a row of their own. Times with the profiler are compared with those without.
-``--rehearse`` runs what a CPU can: the sums over a recorded trace.
+
+With ``--patches`` the process also has an engine of each patched copy (``patched.py``), with equal
+weights. Their answers alternate, and tokens and logits are compared bit for bit.
+``--rehearse`` runs what a CPU can: engines of a tiny model, and the sums over a recorded trace.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu import run, table
+from gpu import median, run, table
+from multi_gpu import write_tiny
+from patched import ROOT, Imported, copy_with
 
-LIMIT_S = 150.0
+LIMIT_S = 300.0
+"""The time limit of a cell."""
+
+N_LOGITS = 9
+"""Steps whose logits are compared."""
 
 PREFIXES = {
     "linear": "linear",
@@ -51,84 +63,188 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", nargs="+", default=["llama-3.1-8b/none"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 64])
+    parser.add_argument(
+        "--patches", nargs="*", type=Path, default=[], help="as git diff makes them"
+    )
+    parser.add_argument("--rounds", type=int, default=4, help="answers of each version and rows")
     parser.add_argument("--steps", type=int, default=12, help="steps of a profile")
-    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.rehearse:
-        print(report(parts(rehearsal(), n_layers=2), 100.0))
-        return
     if args.job:
-        profile(args.job, args.rows, args.steps, args.out)
+        profile(args.job, args)
         return
+    if args.rehearse:
+        write_tiny(args.out / "rehearsal-model")
+        args.cells = [f"{args.out / 'rehearsal-model'}/none"]
     failed = []
     for cell in args.cells:
-        rows = ["--rows", *map(str, args.rows), "--steps", str(args.steps)]
-        command = [sys.executable, __file__, "--out", str(args.out), *rows, "--job", cell]
-        if not run(command, LIMIT_S):
+        command = [sys.executable, __file__, "--out", str(args.out), "--job", cell]
+        command += ["--rows", *map(str, args.rows), "--patches", *map(str, args.patches)]
+        command += ["--rounds", str(args.rounds), "--steps", str(args.steps)]
+        if not run(command + ["--rehearse"] * args.rehearse, LIMIT_S):
             failed.append(cell)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
-def profile(cell: str, rows: Sequence[int], steps: int, out: Path) -> None:
-    """Profiles steps of each number of rows, in one engine."""
+def profile(cell: str, args: argparse.Namespace) -> None:
+    """Profiles steps of each number of rows, of all versions by turns; writes after each number."""
     import torch
 
-    from hotloop import LLM, SamplingParams
-    from hotloop.hardware import provenance
-
     shape, _, scheme = cell.rpartition("/")
-    llm = LLM(
-        shape,
-        weights="random",
-        quant=scheme,
-        execution="fused",
-        device="cuda",
-        max_batch_size=max(rows),
-        max_seq_len=512,
-    )
-    scheduler, n_layers = llm._scheduler, len(llm._setup.model.layers)
-    scheduler.n_steps = 1  # a launch is a step
-    found: dict[str, Any] = {"cell": cell, "provenance": provenance(torch.device("cuda"))}
-    params = SamplingParams(max_new_tokens=200, ignore_eos=True)
-    for n in rows:
-        prompts = [[1, 2, 3, 4, 5 + i] for i in range(n)]
-        answers = [llm.generate(prompts, params) for _ in range(3)][1:]
-        step_us = min(1e6 * n / sum(a.timing.decode_tok_s for a in each) for each in answers)
-        requests = llm.requests(prompts, params)
-        with llm._turns.hold():
+    device = "cpu" if args.rehearse else "cuda"
+    path = args.out / f"kernels-{Path(shape).name}-{scheme}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {"main": ROOT / "src"} | {
+            patch.stem: copy_with(patch, Path(folder, patch.stem)) / "src" for patch in args.patches
+        }
+        versions = {
+            name: Version(source, shape, scheme, args.rows, device)
+            for name, source in sources.items()
+        }
+        found: dict[str, Any] = {"cell": cell, "rows": {}}
+        with versions["main"].active():
+            from hotloop.hardware import provenance
+
+            found["provenance"] = provenance(torch.device(device))
+        for n in args.rows:
+            of_rows = compare(versions, n, args)
+            found["rows"][str(n)] = of_rows
+            path.write_text(json.dumps(found) + "\n")
+            print(f"{cell}, {n} rows\n{report(of_rows)}", flush=True)
+        for version in versions.values():
+            version.close()
+
+
+def compare(
+    versions: dict[str, Version], n: int, args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Measures steps of so many rows, of each version."""
+    found: dict[str, dict[str, Any]] = {name: {"step_us": []} for name in versions}
+    for round_ in range(1 + args.rounds):
+        for name in list(versions)[:: -1 if round_ % 2 else 1]:
+            step_us = versions[name].step_us(n)
+            if round_:  # the first captures graphs
+                found[name]["step_us"].append(step_us)
+    for name, version in versions.items():
+        spans = version.spans(n, args.steps)
+        found[name] |= {
+            "bits": version.bits(n),
+            "parts_us": parts(spans, version.n_layers),
+            "kernels": [tuple(span) for span in last_step(spans)],
+        }
+    return found
+
+
+class Version:
+    """An engine of one version of hotloop.
+
+    Args:
+        source: The folder that has the package.
+        shape: Of its model.
+        scheme: Of the weights, which are random, and equal in all versions.
+        rows: Numbers of rows to measure.
+        device: ``cuda``; on ``cpu`` only the host's part of it runs.
+    """
+
+    def __init__(
+        self, source: Path, shape: str, scheme: str, rows: Sequence[int], device: str
+    ) -> None:
+        self._imported, self._device = Imported(source), device
+        with self.active():
+            from hotloop import LLM, SamplingParams
+
+            self._llm: Any = LLM(
+                shape,
+                weights="random",
+                quant=scheme,
+                execution="fused" if device == "cuda" else "eager",
+                device=device,
+                dtype="bfloat16" if device == "cuda" else "float32",
+                max_batch_size=max(rows),
+                max_seq_len=256,
+            )
+            self._params = SamplingParams(max_new_tokens=120, ignore_eos=True)
+        self._scheduler = self._llm._scheduler
+        self._scheduler.n_steps = 1  # a launch is a step
+        # The recorded trace that stands in for a profile on a CPU has two layers.
+        self.n_layers = len(self._llm._setup.model.layers) if device == "cuda" else 2
+        self._tokens: dict[int, Any] = {}
+
+    def active(self) -> AbstractContextManager[None]:
+        """Makes its modules those that are imported."""
+        return self._imported.active()
+
+    def close(self) -> None:
+        """Frees its memory."""
+        with self.active():
+            self._llm.close()
+
+    def step_us(self, n: int) -> float:
+        """Measures the time of a step in answers of so many prompts."""
+        with self.active():
+            answers = self._llm.generate(prompts(n), self._params)
+        self._tokens[n] = [answer.token_ids for answer in answers]
+        return 1e6 * n / sum(answer.timing.decode_tok_s for answer in answers)
+
+    def bits(self, n: int) -> str:
+        """Hashes the tokens of answers, and all logits of some steps that begin new sequences."""
+        import torch
+
+        stepper = self._llm._runner._stepper
+        seats = torch.arange(n, device=self._device)
+        hashed = hashlib.sha256(repr(self._tokens[n]).encode())
+        with self.active(), self._llm._turns.hold(), torch.inference_mode():
+            if self._device == "cuda":
+                torch.cuda.synchronize()  # the engine has a stream of its own
+            for position in range(N_LOGITS):
+                ids, positions = 7 + position + seats[:, None], torch.full_like(seats, position)
+                length = stepper.length(N_LOGITS)
+                logits, *_ = stepper.forward(
+                    ids, positions[:, None], seats, first_seat=0, length=length
+                )
+                hashed.update(logits.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        return hashed.hexdigest()[:16]
+
+    def spans(self, n: int, steps: int) -> list[Span]:
+        """Profiles some steps at about 60 positions."""
+        import torch
+
+        scheduler = self._scheduler
+        on_gpu, kinds = torch.autograd.DeviceType.CUDA, [torch.profiler.ProfilerActivity.CUDA]
+        with self.active(), self._llm._turns.hold():
+            requests = self._llm.requests(prompts(n), self._params)
             for request in requests:
                 scheduler.submit(request)
             before = scheduler.n_steps_run
-            while scheduler.n_steps_run < before + n + 40:  # all are rows, at some 100 positions
+            while scheduler.n_steps_run < before + n + 40:  # all are rows
                 scheduler.iterate()
-            torch.cuda.synchronize()
-            kinds = [torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=kinds) as profiler:
+            profiler: Any = nullcontext()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+                profiler = torch.profiler.profile(activities=kinds)
+            with profiler:
                 end = scheduler.n_steps_run + steps
                 while scheduler.n_steps_run < end:
                     scheduler.iterate()
-                torch.cuda.synchronize()
+                if self._device == "cuda":
+                    torch.cuda.synchronize()
             for request in requests:
                 scheduler.cancel(request)
             while not scheduler.idle:
                 scheduler.iterate()
-        on_gpu = torch.autograd.DeviceType.CUDA
-        spans = [
+        if self._device != "cuda":
+            return rehearsal()
+        return [
             Span(event.name, event.time_range.start, event.time_range.end)
             for event in profiler.events()
             if event.device_type == on_gpu
         ]
-        of_steps = parts(spans, n_layers)
-        found[str(n)] = {
-            "step_us": step_us,
-            "parts_us": of_steps,
-            "kernels": [tuple(span) for span in last_step(spans)],
-        }
-        (out / f"kernels-{shape}-{scheme}.json").write_text(json.dumps(found) + "\n")
-        print(f"{cell}, {n} rows\n{report(of_steps, step_us)}", flush=True)
-    llm.close()
+
+
+def prompts(n: int) -> list[list[int]]:
+    return [[1, 2, 3, 4, 5 + i] for i in range(n)]
 
 
 def steps_of(spans: Sequence[Span]) -> list[list[Span]]:
@@ -187,13 +303,27 @@ def parts(spans: Sequence[Span], n_layers: int) -> dict[str, float]:
     return {name: sum_us / len(pairs) for name, sum_us in total.items()}
 
 
-def report(of_steps: dict[str, float], step_us: float) -> str:
-    """Makes a table of parts, the longest first."""
-    ordered = sorted(of_steps.items(), key=lambda part: -part[1])
-    rows = [(name, f"{us:,.0f}", f"{us / step_us:.1%}") for name, us in ordered]
-    rows += [("all, profiled", f"{sum(of_steps.values()):,.0f}", "")]
-    rows += [("a step, not profiled", f"{step_us:,.0f}", "")]
-    return table(("part", "us a step", "of the step"), rows, texts=1)
+def report(found: dict[str, dict[str, Any]]) -> str:
+    """Makes a table of parts, the longest first, with a column of microseconds for each version."""
+    first, *_ = found.values()
+    longest = sorted(first["parts_us"], key=first["parts_us"].__getitem__, reverse=True)
+    names = dict.fromkeys([*longest, *(name for one in found.values() for name in one["parts_us"])])
+    rows = [
+        (name, *(f"{one['parts_us'].get(name, 0.0):,.1f}" for one in found.values()))
+        for name in names
+    ]
+    totals = (f"{sum(one['parts_us'].values()):,.0f}" for one in found.values())
+    steps = [median(one["step_us"]) for one in found.values()]
+    rows += [
+        ("all, profiled", *totals),
+        ("a step, not profiled", *(f"{step_us:,.1f}" for step_us in steps)),
+        ("of the first one's", *(f"{step_us / steps[0]:.1%}" for step_us in steps)),
+        (
+            "bits",
+            *("equal" if one["bits"] == first["bits"] else "DIFFER" for one in found.values()),
+        ),
+    ]
+    return table(("us of a step", *found), rows, texts=1)
 
 
 def rehearsal() -> list[Span]:

@@ -1,8 +1,11 @@
 """Scripts of trials: a patch's speed and tokens, and the kernels of a step."""
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import patched
@@ -66,6 +69,74 @@ def test_each_process_gets_one_of_both_sources_in_turn(patch, tmp_path, monkeypa
     assert one.endswith("| 1 | 100.0 100.0 | 110.0 110.0 | 1.100 | equal |")
     assert eight.endswith("| 8 | 800.0 800.0 | 880.0 880.0 | 1.100 | differ |")
     assert len(json.loads((tmp_path / "out/marked-tp1.json").read_text())) == 4
+
+
+def test_two_versions_are_imported_beside_each_other(patch, tmp_path):
+    copy, before = patched.copy_with(patch, tmp_path), sys.modules["hotloop"]
+    versions = [patched.Imported(root / "src") for root in (copy, patched.ROOT)]
+    for _ in range(2):
+        found = []
+        for version in versions:
+            with version.active():
+                found.append(importlib.import_module("hotloop"))
+                if version is versions[0]:
+                    assert importlib.import_module("hotloop.marked").MARKED
+                else:
+                    with pytest.raises(ModuleNotFoundError):
+                        importlib.import_module("hotloop.marked")
+        assert [Path(module.__file__).parent for module in found] == [
+            copy / "src/hotloop",
+            patched.ROOT / "src/hotloop",
+        ]
+    assert sys.modules["hotloop"] is before
+    assert "hotloop.marked" not in sys.modules
+
+
+def test_versions_alternate_and_their_bits_are_compared():
+    asked = []
+
+    class Fake:
+        n_layers = 2
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def step_us(self, n: int) -> float:
+            asked.append(self.name)
+            return 50.0 * n if self.name == "b" else 100.0 * n
+
+        def bits(self, n: int) -> str:
+            return "other" if self.name == "b" and n == 8 else "same"
+
+        def spans(self, n: int, steps: int) -> list[step_kernels.Span]:
+            del n, steps
+            return step_kernels.rehearsal()
+
+    versions = {name: Fake(name) for name in "ab"}
+    args = argparse.Namespace(rounds=3, steps=2)
+    tables = [
+        step_kernels.report(step_kernels.compare(versions, n, args)).splitlines() for n in (1, 8)
+    ]
+    assert "".join(asked) == "abbaabba" * 2
+    assert [table[0] for table in tables] == ["| us of a step | a | b |"] * 2
+    assert [table[-2] for table in tables] == ["| of the first one's | 100.0% | 50.0% |"] * 2
+    assert [table[-1] for table in tables] == [
+        "| bits | equal | equal |",
+        "| bits | equal | DIFFER |",
+    ]
+    assert "| qkv | 10.0 | 10.0 |" in tables[0]
+
+
+def test_engines_of_two_versions_run_in_one_process(patch, tmp_path):
+    script = [sys.executable, step_kernels.__file__, "--out", str(tmp_path / "out"), "--rehearse"]
+    options = ["--rows", "1", "2", "--rounds", "1", "--patches", str(patch)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run(script + options, env=environment, check=True)
+    (path,) = tmp_path.glob("out/*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [list(of_rows) for of_rows in rows.values()] == [["main", "marked"]] * 2
+    assert all(of_rows["main"]["bits"] == of_rows["marked"]["bits"] for of_rows in rows.values())
+    assert rows["1"]["main"]["bits"] != rows["2"]["main"]["bits"]
 
 
 def test_spans_of_overlapping_kernels_add_up_to_the_step():
