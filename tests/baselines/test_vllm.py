@@ -15,6 +15,7 @@ from hotloop.errors import UnsupportedError
 from hotloop.sweep.recipe import load_recipe, replace_models
 from hotloop.sweep.runner import run_sweep
 from hotloop.types import EngineConfig, SamplingParams
+from hotloop.weights.quantize import quantize_checkpoint
 
 FAKE = Path(__file__).parent / "fake_vllm"
 FIXED = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -128,6 +129,21 @@ def test_a_checkpoint_is_run_in_its_own_quantization_and_no_other(folder, tmp_pa
     gguf.write_bytes(b"GGUF")
     with pytest.raises(Exception, match="gguf"):
         create(str(gguf))
+
+
+@pytest.mark.usefixtures("_fake")
+@pytest.mark.parametrize("quant", ["int4-g32", "int8", "fp8"])
+def test_a_copy_in_compressed_tensors_is_run_as_it_is_stored(folder, tmp_path, quant):
+    copy = quantize_checkpoint(
+        Path(folder), tmp_path / "copy", quant=quant, copy_format="compressed-tensors"
+    )
+    engine = create(str(copy))
+    settings = engine.describe().settings
+    assert settings["resolved_quantization"] == "compressed-tensors"
+    assert settings["quantization"] is None, "vLLM takes what the copy says"
+    engine.close()
+    with pytest.raises(UnsupportedError, match="is stored as 'compressed-tensors'"):
+        create(str(copy), quant="int4-g64")
 
 
 @pytest.mark.usefixtures("_fake")

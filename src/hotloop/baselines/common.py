@@ -83,8 +83,13 @@ def check_levers(config: EngineConfig, takes: Iterable[str], choices: Mapping[st
         )
 
 
-def prepare_own(config: EngineConfig) -> Setup:
-    """Describes the unquantized model as hotloop reads it; see ``engine.setup.prepare``.
+def prepare_own(config: EngineConfig, quant: str = "none") -> Setup:
+    """Describes the model as hotloop reads it; see ``engine.setup.prepare``.
+
+    Args:
+        config: The configuration.
+        quant: ``none`` if the weights are read, and dequantized; ``auto`` if the engine reads them
+            itself, in whatever form they are stored.
 
     Raises:
         HotloopError: The model, the device or an option is not supported, or this interpreter
@@ -102,7 +107,7 @@ def prepare_own(config: EngineConfig) -> Setup:
         EngineConfig(
             model=config.source,
             weights=config.weights,
-            quant="none",
+            quant=quant,
             execution="eager",
             device=config.device,
             dtype=config.dtype,

@@ -155,7 +155,7 @@ def create(config: EngineConfig) -> EndpointEngine:
     """
     check(config)
     assert config.url is not None, "a cell was checked for its url"
-    setup = prepare_own(config)
+    setup = prepare_own(config, quant="auto")
     client = CompletionsClient(config.url)
     try:
         return EndpointEngine(config, client, setup)

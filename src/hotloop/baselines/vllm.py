@@ -275,7 +275,7 @@ def create(config: EngineConfig) -> VllmEngine:
     """
     vllm = library(config, "vllm", "vllm")
     check(config)
-    setup = prepare_own(replace(config, tensor_parallel=1))
+    setup = prepare_own(replace(config, tensor_parallel=1), quant="auto")
     if config.weights == "checkpoint":
         _check_checkpoint(config, setup)
     return VllmEngine(config, vllm, setup)
