@@ -194,7 +194,9 @@ def both_of_smollm2(tmp_path_factory):
     with LLM(quant="none", max_batch_size=4, **options) as llm:
         llm.tokenizer.save(folder)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|im_end|>"
+            tokenizer_file=str(folder / "tokenizer.json"),
+            bos_token="<|im_start|>",
+            eos_token="<|im_end|>",
         )
         theirs = HFLM(
             pretrained=hugging_face._model, tokenizer=tokenizer, batch_size=1, max_length=127
@@ -207,11 +209,11 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-3}
 
 
 def facts(n):
-    """Questions of four choices, which are the answers to other questions too."""
+    """Questions of four choices, which are the answers to the next questions too."""
     items = [json.loads(line) for line in FACTS.read_text().splitlines()]
     step = len(items) // n
     for i in range(n):
-        choices = [items[(i + 7 * k) * step % len(items)]["continuation"] for k in range(4)]
+        choices = [items[(i * step + k) % len(items)]["continuation"] for k in range(4)]
         gold = i % 4
         choices[0], choices[gold] = choices[gold], choices[0]
         yield {"q": items[i * step]["context"], "choices": choices, "gold": gold}
