@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hotloop.cli.interrupts import ctrl_c_after_imports
+from hotloop.cli.interrupts import ctrl_c_after_imports, handled_after_imports
 
 SWALLOWS = """
 # The bare except swallows KeyboardInterrupt, as modules of torch do while they are imported.
@@ -43,6 +43,26 @@ def test_ctrl_c_waits_for_an_import_that_would_swallow_it(tmp_path, monkeypatch)
         interrupted(lambda: importlib.import_module("swallows_ctrl_c"))
     assert sys.modules.pop("swallows_ctrl_c").whole
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_another_signal_waits_for_an_import_too(tmp_path, monkeypatch):
+    module = SWALLOWS.replace("SIGINT", "SIGTERM")
+    (tmp_path / "swallows_sigterm.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end() -> None:
+        raise SystemExit(0)
+
+    def terminated() -> None:
+        with handled_after_imports(signal.SIGTERM, end):
+            importlib.import_module("swallows_sigterm")
+            time.sleep(60)
+
+    with pytest.raises(SystemExit):
+        terminated()
+    assert sys.modules.pop("swallows_sigterm").whole
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_elsewhere_ctrl_c_acts_at_once():

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from hotloop.cli import serve as command
 from hotloop.cli.app import main
 from hotloop.cli.options import TemplateOptions
 from hotloop.cli.serve import ServerOptions
-from hotloop.errors import ConfigError
+from hotloop.errors import ConfigError, HotloopError
 from hotloop.serve.lifecycle import HttpServer
 from hotloop.serve.settings import ServerSettings
 
@@ -73,8 +74,71 @@ def test_sigterm_lets_answers_end_and_is_no_failure(folder, monkeypatch, capsys)
     assert "/v1 · no API key" in said
     assert f"{folder.name} · none/eager/float32 on " in said
     assert "8 sequences of 320 tokens" in said
+    loading = ("starting", "loading layers", "warming up, compiling")
+    steps = [*(f"/float32/batch8: {step} …" for step in loading), "preparing for 8 sequences"]
+    places = [said.find(step) for step in (*steps, "/v1 · ")]
+    assert -1 not in places, said
+    assert places == sorted(places), "each step is told as it begins, without a terminal"
     assert "curl http://127.0.0.1:" in said
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Loading:
+    """Stands for an engine that is told to end while it is loaded."""
+
+    def __init__(self, *signals: signal.Signals, swallows: bool = False) -> None:
+        self.signals, self.swallows, self.exits = signals, swallows, []
+
+    def exit(self, code: int) -> None:
+        """Stands for the end of the process at once."""
+        self.exits.append(code)
+
+    def __call__(self, *_: object, **__: object) -> None:
+        for number in self.signals:
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(HANG_S)
+            except SystemExit:
+                if not self.swallows:
+                    raise
+        wait_until(lambda: bool(self.exits), "the process ends at once")
+        raise HotloopError("the process has ended")
+
+
+def load(loading: Loading, folder: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs the command with such an engine; returns the exit code, or -1 if it was swallowed."""
+    monkeypatch.setattr("hotloop.LLM", loading)
+    monkeypatch.setattr(os, "_exit", loading.exit)
+    try:
+        code = main(["serve", str(folder), "--port", "0"])
+    except SystemExit as end:
+        code = end.code
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return code
+
+
+def test_sigterm_while_the_model_is_loaded_is_no_failure(folder, monkeypatch):
+    loading = Loading(signal.SIGTERM)
+    assert load(loading, folder, monkeypatch) == 0
+    assert loading.exits == []
+
+
+def test_ctrl_c_while_the_model_is_loaded_ends_as_in_all_commands(folder, monkeypatch):
+    assert load(Loading(signal.SIGINT), folder, monkeypatch) == 130
+
+
+def test_a_library_that_swallows_the_end_delays_it_by_seconds_at_most(folder, monkeypatch):
+    monkeypatch.setattr(command, "UNWIND_S", 0.01)
+    loading = Loading(signal.SIGTERM, swallows=True)
+    load(loading, folder, monkeypatch)
+    assert loading.exits == [0]
+
+
+def test_a_second_sigterm_ends_a_loading_server_at_once(folder, monkeypatch):
+    monkeypatch.setattr(command, "UNWIND_S", HANG_S)
+    loading = Loading(signal.SIGTERM, signal.SIGTERM, swallows=True)
+    load(loading, folder, monkeypatch)
+    assert loading.exits[0] == 0
 
 
 def test_an_engine_that_fails_is_a_failure(folder, monkeypatch, capsys):

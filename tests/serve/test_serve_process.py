@@ -96,6 +96,18 @@ def test_sigterm_under_load_lets_every_request_end_and_takes_no_more(folder, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", ["starting", "loading layers", "warming up", "preparing for"])
+def test_sigterm_while_it_is_loaded_ends_it_and_its_ranks_with_0(folder, tmp_path, step):
+    with served(folder, tmp_path / "said", "--tp", "2") as command:
+        wait_until(lambda: step in command.said, f"it is {step}")
+        children = command.children()
+        command.process.send_signal(signal.SIGTERM)
+        assert command.process.wait(HANG_S) == 0, command.said
+        assert "Traceback" not in command.said
+        wait_until(lambda: not any(alive(child.pid) for child in children), "all have ended")
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_every_stream_with_its_error_and_the_server(folder, tmp_path):
     with served(folder, tmp_path / "said", "--tp", "2", "--max-batch-size", "2") as command:
         url = command.url

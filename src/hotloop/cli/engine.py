@@ -1,4 +1,4 @@
-"""Loads an engine for a command, with a spinner, and closes it at the end."""
+"""Loads an engine for a command, shows how far it is, and closes it at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import hotloop
 from hotloop.cache import cache_note
-from hotloop.cli.output import note, spinner
+from hotloop.cli.output import note, steps
 
 if TYPE_CHECKING:
     from hotloop.cli.options import TemplateOptions
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 
 Message = dict[str, str]
+
+DOING = {"load": "loading layers", "warmup": "warming up, compiling"}
+"""What is printed of a phase of ``hotloop.LLM``."""
 
 
 def note_cache() -> None:
@@ -49,14 +52,14 @@ def note_engine(notes: Sequence[str]) -> None:
 
 @contextmanager
 def loaded(config: EngineConfig) -> Generator[LLM]:
-    """Loads an engine, with a spinner; closes it at the end of the block."""
+    """Loads an engine, and shows its progress; closes it at the end of the block."""
     note_cache()
-    label = f"{config.model} as {config.name}"
-    with spinner(f"{label}: starting") as show:
+    with steps(f"{config.model} as {config.name}") as show:
 
         def progress(phase: str, done: int, total: int) -> None:
-            show(f"{label}: {phase}" + (f" {done}/{total}" if total else ""))
+            show(DOING.get(phase, phase), done, total)
 
+        show("starting", 0, 0)
         llm = hotloop.LLM(config, progress=progress)
     try:
         note_engine(llm.describe().notes)

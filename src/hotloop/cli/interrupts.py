@@ -1,4 +1,4 @@
-"""Delays Ctrl-C while modules are imported, until the end of the import.
+"""Delays Ctrl-C and other signals while modules are imported, until the end of the import.
 
 Importing torch takes a second or more. Some of its modules swallow a KeyboardInterrupt, so that the
 command would continue; and its C++ code aborts the process.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
-_POLL_S = 0.02
-"""Seconds between two checks whether an import has ended."""
+_AGAIN_S = 0.02
+"""Polling interval of the end of the import, in seconds."""
 
 
 @contextmanager
@@ -23,27 +23,41 @@ def ctrl_c_after_imports() -> Generator[None]:
 
     If Ctrl-C is ignored or has another handler, or outside the main thread, nothing changes.
     """
-    timers: list[threading.Timer] = []
-
-    def on_sigint(_signum: int, frame: FrameType | None) -> None:
-        if not _imports(frame):
-            raise KeyboardInterrupt
-        if not any(timer.is_alive() for timer in timers):
-            timers[:] = [threading.Timer(_POLL_S, os.kill, (os.getpid(), signal.SIGINT))]
-            timers[0].daemon = True
-            timers[0].start()
-
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, on_sigint)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with handled_after_imports(signal.SIGINT, interrupt):
+        yield
+
+
+@contextmanager
+def handled_after_imports(number: signal.Signals, act: Callable[[], None]) -> Generator[None]:
+    """Calls ``act`` on a signal once no module is being imported, within the block.
+
+    It is for the main thread. The handler before is restored at the end.
+    """
+    timers: list[threading.Timer] = []
+
+    def on_signal(_signum: int, frame: FrameType | None) -> None:
+        if not _imports(frame):
+            act()
+        elif not any(timer.is_alive() for timer in timers):
+            timers[:] = [threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))]
+            timers[0].daemon = True
+            timers[0].start()
+
+    before = signal.signal(number, on_signal)
     try:
         yield
     finally:
         for timer in timers:
             timer.cancel()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, before)
 
 
 def _imports(frame: FrameType | None) -> bool:

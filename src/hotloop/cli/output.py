@@ -219,10 +219,49 @@ def spinner(label: str) -> Generator[Callable[[str], None]]:
 
 
 @contextmanager
+def steps(label: str) -> Generator[Callable[[str, int, int], None]]:
+    """Shows the steps of a long task on stderr; yields a function of (step, done, total).
+
+    A terminal has a spinner. A log has a line as each step begins, and further ones while it lasts.
+    """
+    if stderr().is_terminal:
+        with spinner(label) as set_label:
+            yield lambda step, done, total: set_label(f"{label}: {_counted(step, done, total)}")
+        return
+
+    from hotloop.console import Heartbeat
+
+    current = ""
+    with Heartbeat(lambda step: note(f"{label}: {step}")) as heart:
+
+        def show(step: str, done: int, total: int) -> None:
+            nonlocal current
+            if step != current:
+                current = step
+                announce(f"{label}: {step}")
+                heart.spoke()
+            heart.step(_counted(step, done, total))
+
+        yield show
+
+
+def _counted(step: str, done: int, total: int) -> str:
+    return f"{step} {done}/{total}" if total else step
+
+
+@contextmanager
 def long_step(label: str) -> Generator[None]:
-    """Announces a long step on stderr, with a spinner on a terminal and else with a line."""
+    """Announces a long step on stderr: by a spinner, or by lines if that is not a terminal."""
+    if stderr().is_terminal:
+        with spinner(label):
+            yield
+        return
+
+    from hotloop.console import Heartbeat
+
     announce(label)
-    with spinner(label):
+    with Heartbeat(note) as heart:
+        heart.step(label)
         yield
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from hotloop.cli.engine import ConversationFormat, loaded
+from hotloop.cli.interrupts import handled_after_imports
 from hotloop.cli.options import (
     DEFAULT_SERVED_ENGINE,
     DEFAULT_TEMPLATE,
@@ -29,7 +31,7 @@ from hotloop.cli.options import (
     integer,
     option,
 )
-from hotloop.cli.output import note, print_error, spinner
+from hotloop.cli.output import long_step, note, print_error
 from hotloop.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ Examples:
   hotloop serve --config results/demo
   hotloop serve smollm2-135m --host 0.0.0.0 --api-key-file ./keys""",
 )
+
+UNWIND_S = 5.0
+"""Seconds that a server may take to end which is told to end while it is loading."""
 
 API_KEY = "HOTLOOP_API_KEY"
 """The environment variable that holds an API key."""
@@ -196,19 +201,23 @@ def serve(
     Set the printed address as the base URL of clients of OpenAI's API.
     Ctrl-C, or SIGTERM, stops the server once running requests have ended.
     """
-    _check_packages()
+    with _ended_while_loading():
+        _check_packages()
+        chosen = _config(model, config, engine, weights)
+        return _serve(chosen, template, server)
+
+
+def _serve(chosen: EngineConfig, template: TemplateOptions, server: ServerOptions) -> int:
     from hotloop.engine.service import Service
     from hotloop.engine.setup import served_prefill_chunk
 
-    chosen = _config(model, config, engine, weights)
     if chosen.prefill_chunk is None:
         chosen = replace(chosen, prefill_chunk=served_prefill_chunk(chosen))
     settings = server.settings(chosen.model, template)
     ConversationFormat(template).check(chosen.model, [{"role": "user", "content": "Hello"}])
-    with _terminated_cleanly(), _http_server(settings, server) as http, loaded(chosen) as llm:
-        with spinner(
-            f"{settings.name}: preparing for {llm.config.max_batch_size} sequences at once"
-        ):
+    with _http_server(settings, server) as http, loaded(chosen) as llm:
+        n = llm.config.max_batch_size
+        with long_step(f"{settings.name}: preparing for {n} sequences at once"):
             service = Service(llm, loop=http.loop, max_queued=server.max_queued)
         with service, _stopped_by_signals(http):
             http.attach(service)
@@ -298,14 +307,27 @@ def _announce_draining(service: Service, settings: ServerSettings) -> None:
 
 
 @contextmanager
-def _terminated_cleanly() -> Generator[None]:
-    """Makes SIGTERM end the program as Ctrl-C does, within the block; no process is left."""
+def _ended_while_loading() -> Generator[None]:
+    """Makes SIGTERM end the program with exit code 0, within the block; no process is left.
 
-    def terminated(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    What is loading is unwound, as by Ctrl-C. If that takes longer than ``UNWIND_S``, because a
+    library swallows the exception or a device hangs, or at a second signal, the process ends at
+    once; ranks notice that, and end too.
+    """
+    timer = threading.Timer(UNWIND_S, os._exit, (0,))
+    timer.daemon = True
 
-    with _handled(terminated, signal.SIGTERM):
-        yield
+    def terminated() -> None:
+        if timer.is_alive():
+            os._exit(0)
+        timer.start()
+        raise SystemExit(0)
+
+    try:
+        with handled_after_imports(signal.SIGTERM, terminated):
+            yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -6,8 +6,8 @@ log without lines for minutes looks like a program that hangs.
 
 from __future__ import annotations
 
-import threading
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hotloop.bench.record import Record
-from hotloop.console import SafeConsole
+from hotloop.console import HEARTBEAT_S, Heartbeat, SafeConsole
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
@@ -28,8 +28,6 @@ from hotloop.sweep.events import (
     ReferenceFinished,
     ReferenceStarted,
 )
-
-HEARTBEAT_S = 30.0
 
 DOING: dict[Phase, str] = {
     "start": "starting",
@@ -65,15 +63,13 @@ class SweepProgress:
         self._task = self._progress.add_task("", start=False, visible=False, note="")
         self._place, self._label = "", ""
         self._began = time.monotonic()
-        self._heartbeat_s, self._said_at = heartbeat_s, self._began
-        self._doing = ""  # of the cell that runs, without a terminal
-        self._ended, self._beating = threading.Event(), threading.Lock()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart = Heartbeat(lambda step: self._print(f"  {step}"), heartbeat_s)
+        self._beating = ExitStack()
 
     def __enter__(self) -> SweepProgress:
         self._progress.start()
         if not self._console.is_terminal:
-            self._heart.start()
+            self._beating.enter_context(self._heart)
         return self
 
     def __exit__(
@@ -82,18 +78,8 @@ class SweepProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._ended.set()
-        if self._heart.is_alive():
-            self._heart.join()
+        self._beating.close()
         self._progress.stop()
-
-    def _beat(self) -> None:
-        """Prints the current phase whenever nothing was printed for a while."""
-        while not self._ended.wait(self._heartbeat_s / 4):
-            with self._beating:
-                doing, now = self._doing, time.monotonic()
-                if doing and now - self._said_at >= self._heartbeat_s:
-                    self._say(f"  {doing}, {now - self._began:.0f} s so far")
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
@@ -125,11 +111,15 @@ class SweepProgress:
                 self._end(record.cell, _outcome(record))
 
     def _say(self, text: str) -> None:
-        self._said_at = time.monotonic()
+        self._heart.spoke()
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=True, highlight=False, soft_wrap=True)
 
     def _begin(self, place: str, cell: str, note: str) -> None:
         self._place, self._began = escape(place), time.monotonic()
+        self._heart.begin()
         self._label = f"{self._place} {escape(cell)}"
         self._progress.reset(
             self._task, description=self._label, total=None, visible=True, note=note
@@ -148,15 +138,14 @@ class SweepProgress:
             note=speed,
         )
         count = f" {event.done}/{event.total}" if event.total else ""
-        self._doing = f"{doing}{count}"
+        self._heart.step(f"{doing}{count}")
         if event.done == 0 and not self._console.is_terminal:
             self._say(f"  {doing}")
 
     def _end(self, cell: str, outcome: str) -> None:
         """Prints the end of a cell; its final name can be more precise."""
         self._progress.update(self._task, visible=False)
-        with self._beating:
-            self._doing = ""
+        self._heart.step("")
         seconds = time.monotonic() - self._began
         self._say(f"{self._place} {escape(cell)}  {outcome}  [dim]({seconds:.0f} s)[/]")
 
