@@ -255,6 +255,9 @@ def test_what_the_tool_calls_unstable_or_too_few_says_so_wherever_it_stands():
     ]
     assert set(hollow) == {"int4-g64/compile", "int8/eager"}
     assert "int8/eager" not in text_of(elements(root, "polyline")[0])
+    rows = [text_of(row) for row in elements(root, "tr") if "(unstable)" in text_of(row)]
+    assert rows, "the comparison with the recommended cell says it too"
+    assert all("int4-g64/compile" in row for row in rows)
 
 
 def test_equal_qualities_do_not_differ_and_noise_is_said_to_be_noise():

@@ -103,6 +103,15 @@ def test_the_gain_is_over_the_same_cell_without_drafts():
     assert (mark.points[0].x, mark.points[0].y) == (0.8, pytest.approx(1.5, rel=1e-4))
 
 
+@pytest.mark.parametrize("unstable", ["neither", "plain", "drafted"])
+def test_a_gain_with_an_unstable_speed_says_so(unstable):
+    shaky = {"status": "unstable"}
+    plain = PLAIN.model_copy(update=shaky if unstable == "plain" else {})
+    with_drafts = drafted().model_copy(update=shaky if unstable == "drafted" else {})
+    gain = one(plain, with_drafts).shown_gain
+    assert gain.endswith(" (unstable)") == (unstable != "neither")
+
+
 def test_old_records_without_step_times_have_no_curve_and_stay_rows():
     old = drafted(costs=())
     assert acceptance_curve([PLAIN, old]) is None

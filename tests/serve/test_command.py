@@ -184,7 +184,7 @@ def test_a_server_that_is_open_to_others_without_a_key_says_so(folder, monkeypat
 
     assert run(folder, monkeypatch, ask, "--host", "0.0.0.0", "--max-batch-size", "1") == 0
     said = capsys.readouterr().err
-    assert ("Whoever reaches 0.0.0.0 can use this server" in said) == (not key)
+    assert ("Everyone who can reach 0.0.0.0 can use this server" in said) == (not key)
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys):
