@@ -59,7 +59,6 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
         def progress(phase: str, done: int, total: int) -> None:
             show(DOING.get(phase, phase), done, total)
 
-        show("starting", 0, 0)
         llm = hotloop.LLM(config, progress=progress)
     try:
         note_engine(llm.describe().notes)

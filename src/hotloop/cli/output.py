@@ -233,6 +233,7 @@ def steps(label: str) -> Generator[Callable[[str, int, int], None]]:
 
     current = ""
     with Heartbeat(lambda step: note(f"{label}: {step}")) as heart:
+        heart.step("starting")  # in no line of its own: what is refused at once is an error alone
 
         def show(step: str, done: int, total: int) -> None:
             nonlocal current

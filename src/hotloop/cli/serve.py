@@ -31,10 +31,11 @@ from hotloop.cli.options import (
     integer,
     option,
 )
-from hotloop.cli.output import long_step, note, print_error
+from hotloop.cli.output import announce, long_step, note, print_error
 from hotloop.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from hotloop.engine.llm import LLM
     from hotloop.engine.service import Service
     from hotloop.serve.lifecycle import HttpServer
     from hotloop.serve.settings import ServerSettings
@@ -215,7 +216,7 @@ def _serve(chosen: EngineConfig, template: TemplateOptions, server: ServerOption
         chosen = replace(chosen, prefill_chunk=served_prefill_chunk(chosen))
     settings = server.settings(chosen.model, template)
     ConversationFormat(template).check(chosen.model, [{"role": "user", "content": "Hello"}])
-    with _http_server(settings, server) as http, loaded(chosen) as llm:
+    with _http_server(settings, server) as http, _loaded(chosen) as llm:
         n = llm.config.max_batch_size
         with long_step(f"{settings.name}: preparing for {n} sequences at once"):
             service = Service(llm, loop=http.loop, max_queued=server.max_queued)
@@ -230,6 +231,14 @@ def _serve(chosen: EngineConfig, template: TemplateOptions, server: ServerOption
                 print_error(str(http.served.error or "the server has ended by itself."))
             http.close()  # before the service, whose requests may end
     return 0 if works else 1
+
+
+@contextmanager
+def _loaded(config: EngineConfig) -> Generator[LLM]:
+    """Loads an engine as ``loaded`` does, after a line that says so in a log."""
+    announce(f"{config.model} as {config.name}: starting")
+    with loaded(config) as llm:
+        yield llm
 
 
 def _http_server(settings: ServerSettings, options: ServerOptions) -> HttpServer:
