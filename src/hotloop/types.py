@@ -87,7 +87,7 @@ MAX_DRAFT_TOKENS = 256
 OWN_ENGINE = "hotloop"
 """The value of ``EngineConfig.engine`` that is hotloop's own engine."""
 
-LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
+MIN_PREFILL_CHUNK, MAX_PREFILL_CHUNK = 512, 8192
 """The default number of prompt tokens of one forward pass: the minimum, and with ``fused`` the
 maximum, which is reduced if the device's memory is too small."""
 
@@ -352,7 +352,7 @@ class EngineConfig:
         Lever(
             help="Most prompt tokens in one forward pass.",
             group="Execution",
-            default=f"{LEAST_PREFILL_CHUNK}, with fused up to {MOST_PREFILL_CHUNK}",
+            default=f"{MIN_PREFILL_CHUNK}, with fused up to {MAX_PREFILL_CHUNK}",
         ),
     ] = None
     cache_packed: Annotated[

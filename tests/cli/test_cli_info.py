@@ -74,7 +74,7 @@ def test_a_drafter_is_counted_and_shown_beside_the_schemes_that_allow_it(
         assert plain[quant]["draft_bytes"] == 0
         grown = drafted[quant]["weights_bytes"] - plain[quant]["weights_bytes"]
         assert grown == drafted[quant]["draft_bytes"] > 0
-    assert "save nothing" in drafted["int4-g32"]["unsupported"]
+    assert "save no time" in drafted["int4-g32"]["unsupported"]
     for draft, shows in (("none", False), ("self-int4-g32", True)):
         assert main([*argv, "--draft", draft]) == 0
         (heading,) = [

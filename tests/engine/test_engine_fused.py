@@ -224,7 +224,7 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
     vocab = exact.config.vocab_size
     device = EmulatedDevice()
     forward = FusedForward(fast.decoder, fast.cache, device, n_tokens=vocab - 3)
-    prompt = FusedPrefill(forward, fast.decoder, fast.cache, device, chunk=CHUNK, shared=False)
+    prompt = FusedPrefill(forward, fast.decoder, fast.cache, device, chunk=CHUNK, sharded=False)
     generator = torch.Generator().manual_seed(1)
     found = []
     for first, T in (((0, 0), 31), ((31, 31), 1), ((32, 20), 4), ((36, 21), 1)):
@@ -300,7 +300,7 @@ def test_chunks_are_replayed_at_the_captured_length_above_their_own(monkeypatch)
     )
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model = Model(keys, "int4-g32", "int8", torch.bfloat16, fused=True)
-    prefill = GemmPrefill(model.decoder, model.cache, EmulatedDevice(), chunk=40, shared=False)
+    prefill = GemmPrefill(model.decoder, model.cache, EmulatedDevice(), chunk=40, sharded=False)
     ids = torch.randint(128, (N_POSITIONS,), generator=torch.Generator().manual_seed(3))
     chunks = (0, 8), (8, 30), (30, 52), (52, N_POSITIONS - 1)  # padded, the last one would not fit
 
@@ -324,7 +324,7 @@ def test_chunks_are_replayed_at_the_captured_length_above_their_own(monkeypatch)
 def test_the_last_layer_of_a_prompt_computes_only_the_last_rows(monkeypatch):
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model = Model(keys, "int4-g32", "int8", torch.bfloat16, fused=True)
-    prefill = GemmPrefill(model.decoder, model.cache, EmulatedDevice(), chunk=40, shared=False)
+    prefill = GemmPrefill(model.decoder, model.cache, EmulatedDevice(), chunk=40, sharded=False)
     ids = torch.randint(128, (N_POSITIONS,), generator=torch.Generator().manual_seed(3))
     chunks = (0, 40), (40, 56), (56, 71)  # of which the last one is too short
     multiply, heights = torch.mm, []
@@ -422,7 +422,7 @@ def test_the_fused_all_reduce_is_a_kernel_of_the_chain():
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
     (peers,) = ThreadRanks(1).run(lambda group: Peers.of(group, model.decoder, 0, rows=4))
     forward = FusedForward(
-        model.decoder, model.cache, device, n_tokens=128, shared=True, peers=peers
+        model.decoder, model.cache, device, n_tokens=128, sharded=True, peers=peers
     )
     alone = FusedForward(model.decoder, model.cache, EmulatedDevice(), n_tokens=128)
     ids, positions = torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1)
@@ -439,7 +439,7 @@ def test_the_fused_all_reduce_is_a_kernel_of_the_chain():
 def test_after_a_collective_one_kernel_waits_and_the_next_may_overlap():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
-    forward = FusedForward(model.decoder, model.cache, device, n_tokens=128, shared=True)
+    forward = FusedForward(model.decoder, model.cache, device, n_tokens=128, sharded=True)
     forward(torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1), torch.arange(1))
     first, *layers, head = device.launched
     assert not first[1]
@@ -560,7 +560,7 @@ def test_described_and_predicted_bytes_of_a_self_draft_are_those_resident(quant,
     plain = predict_memory(dataclasses.replace(config, draft="none"))
     predicted, llm = predict_memory(config), LLM(config)
     runner = llm._runner._model
-    resident = resident_bytes(torch.nn.ModuleList([runner.decoder, runner.twin]))
+    resident = resident_bytes(torch.nn.ModuleList([runner.decoder, runner.draft_decoder]))
     assert llm.describe().weight_bytes == predicted.weights_bytes == resident
     assert predicted.draft_bytes == resident - plain.weights_bytes
     assert (predicted.draft_bytes == 0) == nested
@@ -857,7 +857,7 @@ def test_where_nodes_fail_all_drafts_are_made_and_a_note_says_so(engine, monkeyp
     ):
         monkeypatch.setattr(NodesOnHost, "run", run)
         llm = engine(draft="exit-1", draft_tokens=2, draft_policy="always")
-        assert llm.describe().notes == (f"all drafts of a step are made, since {reason}",)
+        assert llm.describe().notes == (f"chains of drafts do not end early: {reason}",)
         assert not llm._runner.ends_chains
         (found,) = llm.generate([[7]], FREELY)
         assert found.speculation.proposed[1] > 0

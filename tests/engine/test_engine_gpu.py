@@ -130,7 +130,7 @@ def test_tokens_do_not_depend_on_how_many_graphs_are_kept(
     folder = write_random(tmp_path, head_dim=64, hidden_size=128, intermediate_size=256)
     found = []
     for most in (64, 1):
-        monkeypatch.setattr("hotloop.engine.graphs.MOST_GRAPHS", most)
+        monkeypatch.setattr("hotloop.engine.graphs.MAX_GRAPHS", most)
         # Adaptive drafts follow the clock, and compiled steps with drafts round differently.
         options = {"execution": execution, "draft": "ngram", "draft_policy": "always"}
         with LLM(str(folder), device="cuda", max_batch_size=3, **options) as llm:

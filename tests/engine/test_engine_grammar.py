@@ -380,7 +380,7 @@ def test_a_grammar_that_exceeds_a_limit_ends_its_answer_and_no_other(llm):
     bias = {llm.encode("a")[0]: 50}
     other = llm.stream([[5, 6]], grammar=DATE)
     next(other)
-    with pytest.raises(GrammarError, match=rf"too costly: .*max is {module.MOST_ITEMS}") as raised:
+    with pytest.raises(GrammarError, match=rf"too costly: .*max is {module.MAX_ITEMS}") as raised:
         constrained(llm, AMBIGUOUS, [[7]], logit_bias=bias)
     assert raised.value.n_tokens > 2
     assert "<" not in str(raised.value)

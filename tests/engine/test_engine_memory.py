@@ -84,7 +84,7 @@ def test_described_and_predicted_bytes_of_a_self_draft_are_those_resident(
     plain = predict_memory(replace(config, draft="none"))
     predicted, llm = predict_memory(config), LLM(config)
     runner = llm._runner._model
-    resident = resident_bytes(nn.ModuleList([runner.decoder, runner.twin]))
+    resident = resident_bytes(nn.ModuleList([runner.decoder, runner.draft_decoder]))
     assert llm.describe().weight_bytes == predicted.weights_bytes == resident
     assert predicted.weights_bytes - predicted.draft_bytes == plain.weights_bytes
     assert (predicted.draft_bytes == 0) == (draft == "self")

@@ -18,7 +18,7 @@ from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.core import Features, Step
 from hotloop.engine.draft_control import DraftController
 from hotloop.engine.forward import TorchForward
-from hotloop.engine.graphs import MOST_GRAPHS
+from hotloop.engine.graphs import MAX_GRAPHS
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.programs import SERVED_FEATURES, served_features, serving_steps
 from hotloop.engine.service import Service
@@ -279,7 +279,7 @@ def test_no_graph_of_a_server_is_evicted(fused, n_positions):
             graphs |= {("forward", *size, step.longest), ("choose", *size, features)}
         else:
             graphs.add(("step", *size, step.longest, features, step.n_steps))
-    assert 100 < len(graphs) <= MOST_GRAPHS
+    assert 100 < len(graphs) <= MAX_GRAPHS
 
 
 def test_no_programs_are_made_for_grammars_that_there_cannot_be(folder, monkeypatch):

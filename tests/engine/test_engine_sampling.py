@@ -271,7 +271,7 @@ def test_a_draw_is_the_same_where_only_tokens_that_pass_get_noise(monkeypatch):
         sampling, "_gumbel_of", lambda keys, ids: (sizes.append(len(ids)), of(keys, ids))[1]
     )
     for most in (8, 10**9):
-        monkeypatch.setattr(sampling, "MOST_DRAWN", most)
+        monkeypatch.setattr(sampling, "SPARSE_DIVISOR", most)
         ids = []
         for seed in range(20):
             for row, params in enumerate(rows):

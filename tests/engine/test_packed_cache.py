@@ -143,11 +143,11 @@ def test_a_self_draft_has_an_entry_of_its_own_beside_the_models(quant, biased, u
     assert_same(first, plain)
     assert_same(second, plain)
     for other in (first, second):
-        a, b = (dict(llm._runner._model.twin.named_buffers()) for llm in (plain, other))
+        a, b = (dict(llm._runner._model.draft_decoder.named_buffers()) for llm in (plain, other))
         assert a.keys() == b.keys()
         assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-        model_, twin = other._runner._model.decoder, other._runner._model.twin
-        assert twin.blocks[0].attention.qkv_proj.bias is model_.blocks[0].attention.qkv_proj.bias
+        model_, draft = other._runner._model.decoder, other._runner._model.draft_decoder
+        assert draft.blocks[0].attention.qkv_proj.bias is model_.blocks[0].attention.qkv_proj.bias
 
 
 def test_high_halves_draft_from_the_entry_of_their_model(model, unread, cache):

@@ -32,7 +32,7 @@ from hotloop.engine.core import (
 from hotloop.engine.draft_control import DraftController
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.scheduler import Scheduler
-from hotloop.engine.seats import LEAST_SHARED
+from hotloop.engine.seats import MIN_SHARED_TOKENS
 from hotloop.types import Grammar, SamplingParams, Score
 
 N_POSITIONS, CHUNK = 64, 8
@@ -131,7 +131,7 @@ class FakeCore:
             assert known <= position <= known + step.slack
             assert position + step.k + step.n_steps <= step.longest
         first, *others = [self._result(step) for _ in range(step.n_steps if step.k else 1)]
-        return dataclasses.replace(first, then=others)
+        return dataclasses.replace(first, later=others)
 
     def _result(self, step: Step) -> StepResult:
         k_by_row = [0 if row in step.undrafted else step.k for row in range(step.n)]
@@ -712,7 +712,7 @@ def test_the_beginning_of_a_group_of_windows_is_scored_once(asynchronous, n_rows
     n_cached = [window.n_cached for window in windows]
     if n_rows == 1:
         assert n_cached == n_alike
-    assert all(n - LEAST_SHARED < m <= n for m, n in zip(n_cached, n_alike, strict=True))
+    assert all(n - MIN_SHARED_TOKENS < m <= n for m, n in zip(n_cached, n_alike, strict=True))
     n_new = sum(n for chunks in chunks_scored(core) for _, n in chunks)
     assert n_new == sum(len(w.ids) - 1 - w.n_cached for w in windows)
 

@@ -154,7 +154,7 @@ def test_what_cannot_be_served_is_refused_by_the_call(service):
 
 
 def test_a_slow_client_is_cancelled_and_the_others_are_not(llm, alone):
-    with Service(llm, max_behind=200) as service:
+    with Service(llm, max_unread_bytes=200) as service:
         slow = service.submit([9], LONG)
         others = [service.submit([5, i], FREELY) for i in range(3)]
         assert [ids_of(deltas(ticket)) for ticket in others] == alone[:3]
@@ -170,7 +170,7 @@ def test_a_slow_client_is_cancelled_and_the_others_are_not(llm, alone):
 def test_a_prompt_is_launched_before_its_submission_to_an_idle_service_returns(
     service, llm, alone, monkeypatch
 ):
-    monkeypatch.setattr(hotloop.engine.service, "HAND_OVER_S", HANG_S)
+    monkeypatch.setattr(hotloop.engine.service, "SUBMIT_YIELD_S", HANG_S)
     launched, run = [], llm._runner.run
     monkeypatch.setattr(
         llm._runner, "run", lambda command: launched.append(command) or run(command)

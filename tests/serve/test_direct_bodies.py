@@ -38,7 +38,7 @@ def opened(gate: Gate, server: HttpServer) -> None:
         tickets = list(server.served.service._tickets.values())
         connections = list(server._server.server_state.connections)
         unsent = sum(each.transport.get_write_buffer_size() for each in connections)
-        return bool(tickets) and all(ticket._pass_on for ticket in tickets) and not unsent
+        return bool(tickets) and all(ticket._receive for ticket in tickets) and not unsent
 
     wait_until(begun, "a stream has begun")
     gate.open.set()
@@ -78,7 +78,7 @@ def test_a_lone_stream_wakes_the_event_loop_for_its_end_alone(llm, answer, monke
 
 
 def test_of_several_streams_the_event_loop_is_woken(llm, answer, monkeypatch):
-    monkeypatch.setattr(hotloop.engine.service, "MAX_HANDED_OVER", 0)
+    monkeypatch.setattr(hotloop.engine.service, "MAX_RECEIVERS", 0)
     with serving(llm) as server, wake_ups(monkeypatch) as found:
         response = httpx2.post(f"{server.url}/v1/completions", json=STREAMED, timeout=600)
         assert token_ids(response) == answer

@@ -18,8 +18,8 @@ from cyclopts import Group, Parameter, Token
 from hotloop.errors import ConfigError, shorten_value
 from hotloop.types import (
     EXACT_CPU_CHUNK,
-    LEAST_PREFILL_CHUNK,
     MAX_GRAMMAR_BYTES,
+    MIN_PREFILL_CHUNK,
     EngineConfig,
     Grammar,
     GrammarKind,
@@ -224,7 +224,7 @@ SERVED_DEFAULTS: dict[str, Any] = {"max_batch_size": 8, "prefix_cache": "chunks"
 """Defaults of a server that differ from those of an engine, for several requests at once."""
 
 _SERVED_WORDS = {name: str(value) for name, value in SERVED_DEFAULTS.items()}
-_SERVED_WORDS["prefill_chunk"] = f"{LEAST_PREFILL_CHUNK}, on a CPU {EXACT_CPU_CHUNK}"
+_SERVED_WORDS["prefill_chunk"] = f"{MIN_PREFILL_CHUNK}, on a CPU {EXACT_CPU_CHUNK}"
 """A server's defaults in words. ``setup.served_prefill_chunk`` decides the prefill chunk."""
 
 GROUPED = tuple(name for name, of in LEVERS.items() if of.group is not None)

@@ -1,10 +1,10 @@
-"""Assumes an acceptance rate of drafts: with random weights no draft would be accepted.
+"""Simulates an acceptance rate of drafts, to time speculative decoding with random weights.
 
-It serves to time steps at a given acceptance. A hash of a draft's position and of the newest token
-decides whether the draft is accepted, so that all ranks decide alike and every text has decisions
-of its own. Another hash decides the probability of the draft, as the drafter states it, since real
-drafters are not equally sure of all drafts. The draft is accepted with that probability, so that
-chains of drafts end early where they should (``chains``).
+With random weights the model would accept almost no draft. Here a hash of a draft's position and of
+the newest token decides whether the draft is accepted, so all ranks decide alike and every text has
+decisions of its own. Another hash decides which probability the drafter seems to give the draft,
+since the probabilities of a real drafter differ from draft to draft. The draft is accepted with
+that probability, so that chains of drafts end early where they should (``chains``).
 
 Shape letters: B rows, T positions of each, D drafts.
 """
@@ -15,23 +15,22 @@ import torch
 from torch import Tensor
 
 
-def assumed_probability(positions_BD: Tensor, newest_B1: Tensor, share: float) -> Tensor:
-    """Returns assumed probabilities of drafts, float32 [B, D], whose mean is ``share``.
+def assumed_probability(positions_BD: Tensor, newest_B1: Tensor, rate: float) -> Tensor:
+    """Returns assumed probabilities of drafts, float32 [B, D], whose mean is ``rate``.
 
-    A share of ``share`` of the drafts has the probability (3 + share) / 4, the other drafts share /
-    4.
+    A draft has the probability (3 + rate) / 4 with probability ``rate``, and otherwise rate / 4.
 
     Args:
         positions_BD: int64, the drafts' positions.
         newest_B1: int64, the newest token before the drafts of each row.
-        share: The probability that a draft is accepted.
+        rate: The assumed acceptance rate.
     """
-    is_sure_BD = _uniform(positions_BD, newest_B1, 0x27D4EB2F) < share
-    return torch.where(is_sure_BD, (3 + share) / 4, share / 4).float()
+    is_likely_BD = _uniform(positions_BD, newest_B1, 0x27D4EB2F) < rate
+    return torch.where(is_likely_BD, (3 + rate) / 4, rate / 4).float()
 
 
 def assume(
-    ids_BT: Tensor, drafts_BD: Tensor, after_BT: Tensor, positions_BT: Tensor, share: float
+    ids_BT: Tensor, drafts_BD: Tensor, after_BT: Tensor, positions_BT: Tensor, rate: float
 ) -> Tensor:
     """Replaces sampled tokens so that each draft is accepted with its assumed probability.
 
@@ -40,10 +39,13 @@ def assume(
         drafts_BD: int64, negative for none.
         after_BT: int64, the input of the step: the newest token and the drafts of each row.
         positions_BT: int64, their positions.
-        share: The mean probability that a draft is accepted.
+        rate: The assumed acceptance rate.
+
+    Returns:
+        int64 [B, T].
     """
     where = positions_BT[:, 1:], after_BT[:, :1]
-    kept_BD = _uniform(*where) < assumed_probability(*where, share)
+    kept_BD = _uniform(*where) < assumed_probability(*where, rate)
     sampled_BD = ids_BT[:, :-1]
     other_BD = torch.where(sampled_BD == drafts_BD, (drafts_BD - 1).abs(), sampled_BD)
     kept_BD = kept_BD & (drafts_BD >= 0) & (sampled_BD >= 0)

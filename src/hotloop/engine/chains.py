@@ -10,8 +10,8 @@ On a CPU the host decides when a chain ends, since it can read tensors at no cos
 kernel decides (``kernels.cuda.chain``): it sets the condition of the IF node that contains the next
 draft (``graphs.IfNodes``). Such a step still verifies all draft positions, and the host learns the
 number of drafts together with the step's tokens. With several ranks on GPUs chains never end early:
-every rank would have to end with the same draft, and graphs with IF nodes cannot contain
-collectives of NCCL.
+every rank would have to end after the same draft, and graphs with IF nodes cannot contain NCCL
+collectives.
 
 Shape letters: B rows, T positions of each, D drafts, V vocabulary.
 """
@@ -115,14 +115,14 @@ class ChainEnd(Protocol):
         ...
 
     def extend(self, chain: Chain) -> bool:
-        """Makes another draft, unless the chain ends; returns False if the host knows that."""
+        """Makes another draft unless the chain ends; returns False if it has ended on the host."""
         ...
 
 
 class EndOnHost:
     """Ends chains where the host can read tensors at no cost.
 
-    Every rank gets the same bits of the probabilities, and so ends with the same draft.
+    Every rank computes the same bits of the probabilities, so all end after the same draft.
 
     Args:
         assumed_acceptance: See ``EngineConfig.assume_acceptance``.
@@ -231,11 +231,11 @@ class _Assumed:
         return self._of_chain[:, chain.n - 1].contiguous()
 
 
-def refusal(end: EndOnDevice, launcher: Launcher, device: torch.device) -> str | None:
+def unavailable_reason(end: EndOnDevice, launcher: Launcher, device: torch.device) -> str | None:
     """Returns why chains cannot end early in CUDA graphs here, or None if they can.
 
-    Nothing but a trial tells: a driver may know the nodes, and still not the kernels that overlap
-    in their bodies (programmatic dependent launch).
+    It captures and replays a chain of drafts, since only that finds out: a driver that supports IF
+    nodes may not support kernels that overlap in their bodies (programmatic dependent launch).
     """
     sampler = Sampler(1, 32, device)
     rows = Rows(1, 8, 2, device)

@@ -1,4 +1,4 @@
-"""Brings the grammars of rows into their steps: masks of the tokens that may come next.
+"""Applies the grammars of rows to their steps: masks of the tokens that may come next.
 
 A step with a grammar is two programs, *forward* and *choose* (``steps``). While the device runs the
 forward, the host reads the tokens of the previous step, each grammar's matcher computes masks from
@@ -129,7 +129,7 @@ class Constraints:
         Returns:
             Why grammars have failed, by row.
         """
-        self._grammars.prepare()  # by the steps that a server makes before it is ready
+        self._grammars.prepare()  # in a server, by a step before it is ready
         self._read()
         host_BTW = self._new_masks(*masks_BTW.shape[:2])
         failures, withdrawn = {}, False

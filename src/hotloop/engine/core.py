@@ -23,8 +23,8 @@ from hotloop.types import SamplingParams, Score, TokenLogprob
 Result = TypeVar("Result", covariant=True)
 
 TOP_K_CANDIDATES = 64
-"""If no request's top-k exceeds this, top-k and top-p filter this many candidates, not the
-vocabulary."""
+"""The number of most likely tokens that top-k and top-p filter, instead of the whole vocabulary, if
+no request's top-k exceeds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Features:
         )
 
     def includes(self, other: Features) -> bool:
-        """Whether a program with these features can run requests that need ``other``."""
+        """Returns whether a program with these features can run requests that need ``other``."""
 
         def n_candidates(features: Features) -> float:
             return math.inf if features.n_candidates is None else features.n_candidates
@@ -125,7 +125,7 @@ class StepResult:
         times: Times of the step; None without a drafter, and for the first step of a size.
         n_programs: Programs that were captured or compiled for steps so far, on this rank.
         failures: Why grammars have failed, by row. The tokens of such a row are invalid.
-        then: The results of the program's further steps, if these have drafts.
+        later: The results of the later steps of a multi-step program with drafts.
     """
 
     rows: Sequence[Sequence[tuple[int, TokenLogprob | None]]]
@@ -134,7 +134,7 @@ class StepResult:
     times: StepTimes | None = None
     n_programs: int = 0
     failures: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    then: Sequence[StepResult] = ()
+    later: Sequence[StepResult] = ()
 
 
 class Command(Generic[Result]):
@@ -149,7 +149,7 @@ class Command(Generic[Result]):
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill(Command[None]):
-    """Prefills one chunk of a prompt, but not its last: no row reads it yet.
+    """Prefills one chunk of a prompt other than its last, which ``Admit`` prefills.
 
     Attributes:
         seat: The request's seat in the cache.
@@ -271,7 +271,7 @@ class Step(Command[StepResult]):
         n: Number of rows, from the first.
         seats: The seat of each row. The device may compute more rows than ``n``, up to a captured
             size; it maps those to a scratch seat of its own.
-        longest: A number above every position in use, drafts included.
+        longest: An exclusive upper bound on the positions in use, those of drafts included.
         features: The features that the sampler needs.
         k: Drafts for each row.
         drafter: The number of the drafter that makes them.
@@ -285,7 +285,8 @@ class Step(Command[StepResult]):
         any_seats: Run the program for rows in any seats even if the seats are in order: a server
             has captured no other program.
         kinds: The kinds of steps that can follow with these rows and features. Their programs are
-            captured or compiled with that of this step, so that none is made in mid-answer.
+            captured or compiled together with the program of this step, so that no later step of
+            these requests has to wait for it.
     """
 
     phase = "decode"
@@ -310,8 +311,9 @@ class ScoreBatching:
     """Limits of batched scoring.
 
     Attributes:
-        chunk: Tokens of a chunk of a window that can begin like others (``Scoring.group``), and of
-            any chunk in a batch. Only last chunks are batched.
+        chunk: Tokens of a chunk of a window that can share a prefix with others
+            (``Scoring.group``), and the most tokens of a chunk in a batch. Only the last chunks of
+            windows are batched.
         max_windows: Windows of a batch.
         max_tokens: Tokens of all windows together, each taken to be as long as the longest.
     """
@@ -321,7 +323,7 @@ class ScoreBatching:
     max_tokens: int = 0
 
     def holds(self, lengths: Sequence[int]) -> bool:
-        """Whether chunks of so many tokens each can be one batch."""
+        """Returns whether chunks of these lengths can be scored as one batch."""
         n = len(lengths)
         longest = max(lengths)
         fits = longest <= self.chunk and n * longest <= self.max_tokens
@@ -458,5 +460,5 @@ class EngineCore(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees the device."""
+        """Frees the memory on the device."""
         ...

@@ -17,7 +17,7 @@ def sizes_up_to(most: int) -> tuple[int, ...]:
     """Returns the numbers of drafts that steps are captured for: 0, 1, 2, 4, 7, 15, …, ``most``.
 
     From 7 drafts on, a step of one request verifies a power of two of tokens (the newest token and
-    the drafts), because kernels compute rows in octets.
+    the drafts), because kernels compute rows in groups of eight.
     """
     sizes = {0, 1, 2, 4, most} | {(1 << i) - 1 for i in range(3, most.bit_length() + 1)}
     return tuple(sorted(size for size in sizes if size <= most))
@@ -50,10 +50,10 @@ class _Rate:
     the text has changed, and the short average replaces the long one.
     """
 
-    LONG, SHORT = 0.985, 0.9
+    LONG_DECAY, SHORT_DECAY = 0.985, 0.9
     """Weights of each step in the averages, relative to the step after it."""
 
-    UNLIKELY = 3.5
+    MAX_DEVIATION = 3.5
     """The number of standard errors by which the short average may differ."""
 
     def __init__(self) -> None:
@@ -62,8 +62,8 @@ class _Rate:
 
     def decay(self) -> None:
         """Reduces the weight of every sample so far, at a step with drafts."""
-        self._long.decay(self.LONG)
-        self._short.decay(self.SHORT)
+        self._long.decay(self.LONG_DECAY)
+        self._short.decay(self.SHORT_DECAY)
 
     def add(self, accepted: bool) -> None:
         """Adds a sample."""
@@ -71,8 +71,8 @@ class _Rate:
         self._short.add(float(accepted))
         rate = min(max(self._long.mean(0.5), 0.05), 0.95)
         # The variance of an exponentially weighted mean, whose weights add up to w.
-        variance = rate * (1 - rate) * (1 - self.SHORT) / (1 + self.SHORT)
-        if abs(self._short.mean(rate) - rate) > self.UNLIKELY * math.sqrt(variance):
+        variance = rate * (1 - rate) * (1 - self.SHORT_DECAY) / (1 + self.SHORT_DECAY)
+        if abs(self._short.mean(rate) - rate) > self.MAX_DEVIATION * math.sqrt(variance):
             self._long, self._has_changed = replace(self._short), True
 
     @property
@@ -194,14 +194,15 @@ class Choice:
 
 
 _Arm = tuple[int, int]
-"""A drafter and its number of drafts."""
+"""What a step can be chosen to do: the number of a drafter, and a number of drafts. (An *arm* of a
+multi-armed bandit, which the choice between them is.)"""
 
 PLAIN: _Arm = (0, 0)
-"""No drafts."""
+"""The arm without drafts."""
 
 
 def draft_arms(sizes: Sequence[int], n_drafters: int) -> tuple[_Arm, ...]:
-    """Returns each drafter with each of these numbers of drafts; 0 drafts have no drafter."""
+    """Returns the arms: each drafter with each of these numbers of drafts, and ``PLAIN`` for 0."""
     drafts = [k for k in sizes if k]
     return (PLAIN, *((drafter, k) for k in drafts for drafter in range(n_drafters)))
 
@@ -287,13 +288,13 @@ class DraftController:
     EXPLORATION_SHARE = 0.01
     """The most time that trials may lose, as a share of all time."""
 
-    MOST_BUDGET = 2.0
+    MAX_BUDGET = 2.0
     """The largest exploration budget, in plain steps; it begins with 0."""
 
     INITIAL_GAINED = 4.0
     """The time that drafts may lose in an engine's first text, in plain steps."""
 
-    MOST_GAINED = 32.0
+    MAX_GAINED = 32.0
     """The most gained time that is kept to offset later losses, in plain steps."""
 
     PRIOR_ACCEPTANCE = 0.8
@@ -306,8 +307,8 @@ class DraftController:
     PRIOR_WEIGHT = 12.0
     """Weight of all requests' acceptance rate beside a request's own samples."""
 
-    PRIOR_GOES_ON = 0.8
-    """How often chains that can end early go on after a draft, before any sample."""
+    PRIOR_CONTINUATION = 0.8
+    """Probability that a chain that can end early continues after a draft, before any sample."""
 
     DECAY = 0.9
     """Weight of each step, relative to the next step, in moving averages of other quantities than
@@ -316,11 +317,11 @@ class DraftController:
     PLAIN_SHARE = 0.00125
     """The share of time that plain steps may lose while drafts pay."""
 
-    MOST_SETTLED = 8
-    """The most plain steps that are decided at once."""
+    MAX_SCHEDULED = 8
+    """The most plain steps that are scheduled at once."""
 
-    LEAST_REFRESH, REFRESH = 4, 64
-    """The fewest and the most steps with drafts between two plain steps."""
+    MIN_REFRESH, REFRESH = 4, 64
+    """The minimum and the maximum number of steps with drafts between two plain steps."""
 
     def __init__(
         self,
@@ -340,27 +341,28 @@ class DraftController:
         self.forget_texts()
 
     def forget_texts(self) -> None:
-        """Forgets everything but the times of steps: after warm-up, whose text has no meaning."""
+        """Forgets everything but the times of steps, after warm-up with arbitrary text."""
         n_drafters = self._n_drafters
         self._acceptance = self._new_acceptance()
         # Of each request; weak references forget requests that have ended.
         self._of_request: WeakKeyDictionary[Any, list[_Acceptance]] = WeakKeyDictionary()
         self._expected: WeakKeyDictionary[Any, list[list[float]]] = WeakKeyDictionary()
-        # How often a chain of 1, 2, … drafts goes on, where there could be more.
-        self._goes_on = [[_Rate() for _ in range(max(self._sizes) - 1)] for _ in range(n_drafters)]
+        # How often a chain of 1, 2, … drafts continues, if it is shorter than k.
+        n_rates = max(self._sizes) - 1
+        self._continuation = [[_Rate() for _ in range(n_rates)] for _ in range(n_drafters)]
         self._lengths: dict[int, list[float]] = {}  # by drafter and k: see _length
         # The acceptance rate of drafts after accepted drafts.
         self._newest_accepted = [_Rate() for _ in range(n_drafters)]
         self._with_drafts = [_Average() for _ in range(n_drafters)]
         self._found_none = [False] * n_drafters  # in the newest step of each
-        self._trials_s: float | None = None  # that trials may lose
-        self._gained_s: float | None = None  # by drafts, against plain steps
+        self._trials_s: float | None = None  # the time that trials may lose
+        self._gained_s: float | None = None  # the time that drafts gained against plain steps
         self._since_plain = 0
         # The newest choice of each drafter, by their number.
         self._chosen_at, self._n_choices = [0] * n_drafters, 0
-        # Plain steps that are decided, for these requests.
+        # The number of plain steps that are scheduled, and for which requests.
         self._n_plain = 0
-        self._settled: list[ref[Any]] = []
+        self._scheduled_for: list[ref[Any]] = []
 
     def _new_acceptance(self) -> list[_Acceptance]:
         return [_Acceptance.of(max(self._sizes)) for _ in range(self._n_drafters)]
@@ -373,7 +375,8 @@ class DraftController:
                 none. Requests are weakly referenced.
             room: The most drafts that the cache has room for.
         """
-        same = len(limits) == len(self._settled) and all(r() in limits for r in self._settled)
+        scheduled = self._scheduled_for
+        same = len(limits) == len(scheduled) and all(r() in limits for r in scheduled)
         if self._n_plain and same:
             self._n_plain -= 1
             return Choice(limits=limits)
@@ -381,7 +384,7 @@ class DraftController:
         choice = self._choose(limits, room)
         if choice.k == 0:
             if self._n_plain:
-                self._settled = [ref(request) for request in limits]
+                self._scheduled_for = [ref(request) for request in limits]
             return Choice(limits=limits)
         self._n_choices += 1
         self._chosen_at[choice.drafter] = self._n_choices
@@ -411,17 +414,17 @@ class DraftController:
         if not self._always and best != PLAIN:
             loss_s = costs_s[PLAIN] - 1 / speeds[best]
             spent_s = self._since_plain * costs_s[best]
-            if speeds[best] * (1 - self._doubt(n, best)) < speeds[PLAIN]:
+            if speeds[best] * (1 - self._relative_error(n, best)) < speeds[PLAIN]:
                 best = PLAIN
             elif self._since_plain >= self.REFRESH or (
-                self._since_plain >= self.LEAST_REFRESH and loss_s < self.PLAIN_SHARE * spent_s
+                self._since_plain >= self.MIN_REFRESH and loss_s < self.PLAIN_SHARE * spent_s
             ):
                 return Choice()
         if not self._always and self._gained_s is not None and self._gained_s < 0:
-            self._settle(-self._gained_s, costs_s[PLAIN])
+            self._schedule_plain(-self._gained_s, costs_s[PLAIN])
             return Choice()
         token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
-        most_s = self.MOST_BUDGET * costs_s.get(PLAIN, token_s)
+        most_s = self.MAX_BUDGET * costs_s.get(PLAIN, token_s)
         # The time that each trial loses if it yields one token.
         trials = {
             arm: loss_s
@@ -436,15 +439,18 @@ class DraftController:
         if trials[trial] < self._trials_s:
             return Choice(*trial, token_s)
         if best == PLAIN:
-            self._settle(trials[trial] - self._trials_s, costs_s[PLAIN])
+            self._schedule_plain(trials[trial] - self._trials_s, costs_s[PLAIN])
         return Choice(*best)
 
-    def _settle(self, budget_s: float, plain_s: float) -> None:
-        """Decides the next plain steps at once, until their share makes up this budget."""
-        share_s, most = self.EXPLORATION_SHARE * plain_s, self.MOST_SETTLED
+    def _schedule_plain(self, budget_s: float, plain_s: float) -> None:
+        """Schedules plain steps at once: as many as it takes until ``budget_s`` has been saved.
+
+        Every step adds ``EXPLORATION_SHARE`` of its time to the exploration budget.
+        """
+        share_s, most = self.EXPLORATION_SHARE * plain_s, self.MAX_SCHEDULED
         self._n_plain = most if budget_s >= most * share_s else int(budget_s / share_s)
 
-    def _doubt(self, n: int, arm: _Arm) -> float:
+    def _relative_error(self, n: int, arm: _Arm) -> float:
         """Returns the relative standard error of a step's time in units of a plain step's time.
 
         Few steps of a kind may have been timed, so the variance of the kind that varies more is
@@ -473,12 +479,13 @@ class DraftController:
         Args:
             n: Rows.
             k: Drafts per row that the step verified; 0 if no row had any.
-            choice: How the step was to draft.
+            choice: The choice that the step followed.
             times: Times of the step, or of all steps; None for the first of its size.
-            kept: Tokens that each request got.
+            kept: The number of tokens that each request got.
             steps: Number of steps.
             n_made: Drafts of the longest chain; None for ``k``.
-            mean_made: Its mean over the steps that ``times`` is of; None for ``n_made``.
+            mean_made: The mean of ``n_made`` over the steps that ``times`` covers; None for
+                ``n_made``.
         """
         n_made = k if n_made is None else n_made
         mean_made = float(n_made) if mean_made is None else mean_made
@@ -494,10 +501,10 @@ class DraftController:
             self._acceptance[choice.drafter].decay()
             self._newest_accepted[choice.drafter].decay()
             self._lengths.clear()
-            for i, goes_on in enumerate(self._goes_on[choice.drafter], 1):
-                goes_on.decay()
+            for i, continuation in enumerate(self._continuation[choice.drafter], 1):
+                continuation.decay()
                 if i < choice.k and i <= n_made:
-                    goes_on.add(n_made > i)
+                    continuation.add(n_made > i)
         for request, n_tokens in kept.items():
             if k and choice.limits.get(request, k):
                 own = self._of_request.setdefault(request, self._new_acceptance())[choice.drafter]
@@ -532,7 +539,7 @@ class DraftController:
         def updated(
             budget_s: float | None, token_s: float | None, initial: float, most: float
         ) -> float:
-            """Adds the share, and the gain or loss of time against tokens of ``token_s``."""
+            """Adds the share, and the time gained or lost against ``token_s`` per token."""
             budget_s = initial * step_s if budget_s is None else budget_s
             # The first steps of a kind are measurements, which every drafter gets.
             if token_s is not None and tokens_per_row is not None and is_known:
@@ -541,12 +548,12 @@ class DraftController:
 
         against_plain_s = plain_s if k else None
         self._gained_s = updated(
-            self._gained_s, against_plain_s, self.INITIAL_GAINED, self.MOST_GAINED
+            self._gained_s, against_plain_s, self.INITIAL_GAINED, self.MAX_GAINED
         )
-        self._trials_s = updated(self._trials_s, choice.trial_s, 0.0, self.MOST_BUDGET)
+        self._trials_s = updated(self._trials_s, choice.trial_s, 0.0, self.MAX_BUDGET)
 
     def _cost_s(self, n: int, arm: _Arm) -> float | None:
-        """Returns the mean time of such a step; None while it is unknown.
+        """Returns the mean time of a step of ``n`` rows with this arm; None while it is unknown.
 
         A step for which the drafter finds no drafts is a plain step. Until there is a step with
         drafts, its time is assumed to be a plain step's.
@@ -561,7 +568,7 @@ class DraftController:
         return plain_s + self._share_with_drafts(arm[0]) * (step_s - plain_s)
 
     def _step_time(self, n: int, arm: _Arm) -> _StepTime | None:
-        """Returns the time of such a step in plain steps, or until it is known of other rows."""
+        """Returns the time of a step in plain steps, with ``n`` rows or else the nearest number."""
         step = self._costs.get((n, arm))
         if self._always or (step is not None and step.mean is not None):
             return step
@@ -574,14 +581,14 @@ class DraftController:
         return None if known is None else known.mean
 
     def _length(self, drafter: int, k: int) -> float:
-        """Returns the mean drafts of chains of at most k, as they have ended lately."""
+        """Returns the recent mean length of chains of at most k drafts."""
         lengths = self._lengths.get(drafter)
         if lengths is None:
             lengths, rate, all_made = [0.0, 1.0], 1.0, 1.0
             if self._ends_early:
-                rate = self.PRIOR_GOES_ON
-            for goes_on in self._goes_on[drafter]:
-                rate = goes_on.mean(rate)
+                rate = self.PRIOR_CONTINUATION
+            for continuation in self._continuation[drafter]:
+                rate = continuation.mean(rate)
                 all_made *= rate
                 lengths.append(lengths[-1] + all_made)
             self._lengths[drafter] = lengths
@@ -600,9 +607,9 @@ class DraftController:
         return 1.0 + self._share_with_drafts(drafter) * total / len(limits)
 
     def _accepted(self, request: object) -> list[list[float]]:
-        """Returns how many of k drafts for a request are accepted in expectation.
+        """Returns the expected number of accepted drafts of a request, by drafter and k.
 
-        The result is indexed by drafter and k, and computed once between two steps with drafts.
+        It is computed once between two steps with drafts.
         """
         found = self._expected.get(request)
         if found is None:
@@ -630,7 +637,7 @@ class DraftController:
         plain_s, step = self._mean(n, PLAIN), self._costs.get((n, (drafter, choice.k)))
         if not self._ends_early or choice.k < 2 or plain_s is None:
             return 0.0
-        if step is None or step.mean is None:  # whole chains tell what a draft takes
+        if step is None or step.mean is None:  # until a chain that never ends early measured it
             return 0.0
         best_per_s = max(
             self._tokens(limits, arm) / self._known_cost_s(n, arm)

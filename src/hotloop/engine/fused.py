@@ -5,10 +5,10 @@ projection, added to the residual stream; gate and up projections with SwiGLU; d
 added to the residual stream. Kernels that write the residual stream have a norm epilogue; kernels
 that read it take a prescaled input. Each kernel may start before its predecessor has ended, and
 loads weights until its input is ready (``kernels.cuda``). With tensor parallelism, two more kernels
-per layer all-reduce the partial results. A matrix product of many rows reads x in a layout of its
-own (``kernels.cuda.wide``). Either the kernel that computes x stores it in that layout, or a kernel
-between the two does. A matrix product whose weight has parts of several number formats has a kernel
-for each part. The decoder is the specification; ``prompt`` prefills prompts.
+per layer all-reduce the partial results. A matrix product of many rows reads x in a special layout
+(``kernels.cuda.wide``). Either the kernel that computes x stores it in that layout, or a staging
+kernel between the two converts it. A matrix product whose weight has parts of several number
+formats has a kernel for each part. The decoder is the specification; ``prompt`` prefills prompts.
 
 The bits of a row's result do not depend on the number of rows: verifying k drafts at once gives
 exactly the results of k + 1 single steps.
@@ -60,9 +60,8 @@ from hotloop.models.decoder import Block, Decoder, RMSNorm
 from hotloop.models.linear import Embedding, Linear, Piece
 from hotloop.parallel.collectives import Group, Use
 
-_AGAIN = "; --quant int8, for one, quantizes the file's weights again to what it holds"
-"""The advice after the reason why the weights of a file cannot be held: quantize them by a scheme.
-"""
+_REQUANTIZE = "; with another --quant, such as int8, the file's weights are quantized again"
+"""The advice that follows the reason why kernels do not support the weights of a file."""
 
 
 def unsupported_reason(
@@ -97,7 +96,7 @@ def unsupported_reason(
             return f"{matrix.name} must have a multiple of 8 input features, not {matrix.k}"
     for name, pieces in matrices:
         for reason in filter(None, map(Fused.unsupported, pieces)):
-            return f"it {reason} ({name}){_AGAIN}"
+            return f"it {reason} ({name}){_REQUANTIZE}"
     return None
 
 
@@ -109,7 +108,7 @@ class FusedForward:
         cache: Its cache.
         launcher: Launches kernels.
         n_tokens: Token ids below this can be selected.
-        shared: The model is sharded over ranks: partial results are all-reduced.
+        sharded: The model is sharded over ranks: partial results are all-reduced.
         peers: Exchange buffers of the ranks. If None, the decoder's ``all_reduce`` is used, and no
             argmax is computed.
         n_layers: Number of first layers to run; None runs all.
@@ -122,12 +121,12 @@ class FusedForward:
         launcher: Launcher,
         *,
         n_tokens: int,
-        shared: bool = False,
+        sharded: bool = False,
         peers: Peers | None = None,
         n_layers: int | None = None,
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._n_tokens, self._shared, self._peers = n_tokens, shared, peers
+        self._n_tokens, self._sharded, self._peers = n_tokens, sharded, peers
         self._first_id = 0 if peers is None else peers.first_id
         self._layers = decoder.blocks[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
@@ -162,7 +161,7 @@ class FusedForward:
         first = self._layers[0].attention.norm
         x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), first)
         afters = (*self._layers[1:], None)
-        staged: NextOperand | None = None  # what the next matrix product reads in the place of x
+        staged: NextOperand | None = None  # what the next matrix product reads instead of x
         for i, (block, after) in enumerate(zip(self._layers, afters, strict=True)):
             layer, attention, feed_forward = plans.layers[i], block.attention, block.feed_forward
             gate_up = layer.gate_up, feed_forward.gate_up_proj
@@ -219,12 +218,12 @@ class FusedForward:
                 self._launcher.limits,
                 B,
                 T,
-                shared=self._shared,
+                sharded=self._sharded,
             )
             embed = step.embed_kernel(int8=_table(self._decoder.embedding)[1] is not None)
             # Kernels of rows and sampler are included, so that all are compiled at once.
             ends = [step.ngram_draft_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
-            if not self._shared:
+            if not self._sharded:
                 ends += [step.argmax_kernel(), sample_kernel(), chain_kernel()]
             elif self._peers is not None:
                 ends += [
@@ -297,7 +296,7 @@ class FusedForward:
     ) -> tuple[Tensor, PrescaledInput]:
         """Adds a projection to the residual stream, in place, with the norm epilogue."""
         norm_epilogue = _norm_epilogue(norm, onto_MD)
-        if not self._shared:
+        if not self._sharded:
             self._linear(
                 plans,
                 linear,
@@ -342,12 +341,12 @@ class FusedForward:
                 best=best,
                 n_best=n_best,
             )
-            if not self._shared:
+            if not self._sharded:
                 self._launch(step.argmax(best, best_M[rows]))
             elif self._peers is not None:
                 choices, first = self._peers.choices, self._first_id
                 self._launch(step.argmax_over_ranks(best, best_M[rows], choices, first=first))
-        is_known = not self._shared or self._peers is not None
+        is_known = not self._sharded or self._peers is not None
         return logits_MV, best_M if is_known else None
 
     def _linear(
@@ -362,10 +361,18 @@ class FusedForward:
         staged: NextOperand | None = None,
         following: NextOperand | None = None,
     ) -> Tensor:
-        """Computes a matrix product, added to ``onto`` in place where that is given.
+        """Computes a matrix product.
 
-        Where x is ``staged``, it is read from there; and the result, or with a norm epilogue its
-        prescaled input, is stored as ``following`` alone where that is given.
+        Args:
+            plans: The plans of the weight's pieces.
+            linear: The weight.
+            x: The input, [M, K].
+            onto: The residual stream, to which the result is added in place; None for a new tensor.
+            norm_epilogue: The next norm, for the first part of which the kernel stores its result.
+            prefetch: The weight to prefetch.
+            staged: x in the layout of this matrix product, which is read instead of ``x``.
+            following: The input of the next matrix product in its layout, to which the result, or
+                with a norm epilogue the prescaled input, is stored instead.
         """
         x_MK = x.x if isinstance(x, PrescaledInput) else x
         width = linear.n // 2 if linear.paired else linear.n
@@ -373,7 +380,7 @@ class FusedForward:
         gate: Tensor | None = None
         for piece, row_plans in zip(linear.pieces, plans, strict=True):
             _, first = row_plans[0]
-            if first.epilogue == "logits":  # gates, whose SiLU the next piece multiplies by
+            if first.epilogue == "logits":  # these are gates, for the next piece's SwiGLU
                 gate = x_MK.new_empty(len(x_MK), width, dtype=torch.float32)
             for rows, plan in row_plans:
                 options: dict[str, Any] = {}
@@ -486,7 +493,7 @@ def fused_forms(linear: Linear) -> tuple[Format, ...]:
 
 
 def _prefetch(by: Projection, plans: _LinearPlans, linear: Linear) -> Prefetch | None:
-    """Plans that one projection prefetches the weight of a later projection, or its first piece."""
+    """Plans the prefetch of a weight, or its first piece, by an earlier projection ``by``."""
     (_, plan), (weight, *_) = plans[0][0], linear.packed
     return plan_prefetch(by, plan, weight)
 
@@ -530,12 +537,14 @@ _Kind = tuple[LayerConfig, tuple[tuple[Format, ...], ...]]
 """The configuration of a layer, and the formats of its weights."""
 
 _RowPlans = Sequence[tuple[slice, GemmPlan]]
+"""The launches of one piece of a weight: the rows of each, and its plan."""
+
 _LinearPlans = Sequence[_RowPlans]
-"""The plans of each piece of a weight."""
+"""The launches of each piece of a weight."""
 
 
 def _only(plans: _LinearPlans) -> GemmPlan | None:
-    """Returns the plan of a matrix product that is one launch, or None."""
+    """Returns the plan of a matrix product if it is a single launch, else None."""
     (_, plan), *others = (row_plan for row_plans in plans for row_plan in row_plans)
     return None if others else plan
 
@@ -589,20 +598,20 @@ class _LayerPlans:
     gate_up: _LinearPlans
     down: _LinearPlans
 
-    def storing(self, after: _LinearPlans, *, shared: bool) -> _LayerPlans:
+    def storing(self, after: _LinearPlans, *, sharded: bool) -> _LayerPlans:
         """Returns the plans of kernels that store x in the layout of the next matrix product.
 
         Args:
             after: The plans of the matrix product after the layer.
-            shared: Partial results are summed over ranks before they are added to the residual
+            sharded: Partial results are summed over ranks before they are added to the residual
                 stream.
         """
         return _LayerPlans(
             qkv=self.qkv,
             attention=dataclasses.replace(self.attention, stores_operand=_is_staged_before(self.o)),
-            o=self.o if shared else _storing_for(self.o, self.gate_up),
+            o=self.o if sharded else _storing_for(self.o, self.gate_up),
             gate_up=_storing_for(self.gate_up, self.down),
-            down=self.down if shared else _storing_for(self.down, after),
+            down=self.down if sharded else _storing_for(self.down, after),
         )
 
     @property
@@ -637,7 +646,7 @@ class _Plans:
         B: int,
         T: int,
         *,
-        shared: bool,
+        sharded: bool,
     ) -> None:
         def plan(
             linear: Linear, projection: Projection, epilogue: Epilogue = "plain", *, norm: bool
@@ -682,7 +691,7 @@ class _Plans:
             assert kind is not None
             if pair not in self._pairs:
                 next_plans = self.head if after is None else kinds[after].qkv
-                self._pairs[kind, after] = kinds[kind].storing(next_plans, shared=shared)
+                self._pairs[kind, after] = kinds[kind].storing(next_plans, sharded=sharded)
             self.layers.append(self._pairs[kind, after])
 
     @property

@@ -1,9 +1,9 @@
 """Prefill by GEMMs in bfloat16; other weights are dequantized for each chunk.
 
 cuBLAS computes the GEMMs; our own kernels compute everything between them. Chunks of up to 512
-tokens are captured in CUDA graphs: to launch their kernels takes the host longer than to run them
-takes the GPU, which would delay the decode steps of other requests. The decoder
-(``models.decoder``) is the specification.
+tokens are captured in CUDA graphs: the host takes longer to launch their kernels than the GPU to
+run them, which would delay the decode steps of other requests. The decoder (``models.decoder``) is
+the specification.
 
 Shape letters: T tokens of one sequence, D model width, K input features of a GEMM.
 """
@@ -28,10 +28,11 @@ from hotloop.kernels.cuda.prompt import GemmOutput, Heads
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder, RMSNorm, SelfAttention
 from hotloop.models.linear import Linear
-from hotloop.types import MOST_PREFILL_CHUNK
+from hotloop.types import MAX_PREFILL_CHUNK
 
 CAPTURED_TOKENS = 512
-"""The longest chunk that is captured: longer chunks take the GPU longer than the host."""
+"""The longest chunk that is captured. The GPU takes longer to run a longer chunk than the host to
+launch it."""
 
 CAPTURED_STEP = 64
 """Captured chunks are padded to a multiple of this many tokens."""
@@ -40,7 +41,7 @@ LAST_ROWS = CAPTURED_STEP
 """Rows of a chunk that the last layer computes, except for keys and values. The last token is one
 of them, whether padding follows it or not."""
 
-CUDNN_LENGTHS = (256, 512, 768, *range(1024, MOST_PREFILL_CHUNK + 1, 1024))
+CUDNN_LENGTHS = (256, 512, 768, *range(1024, MAX_PREFILL_CHUNK + 1, 1024))
 """Token counts of first chunks that cuDNN attention is planned for. A plan takes some 60 ms, so
 first chunks are padded to one of these, and all are planned at warm-up."""
 
@@ -87,17 +88,17 @@ class GemmPrefill:
         cache: Its cache.
         launcher: Launches kernels.
         chunk: The most tokens of a call.
-        shared: The model is sharded over ranks; then nothing is captured.
+        sharded: The model is sharded over ranks; then nothing is captured.
 
     Attributes:
         captures: Chunks are captured and replayed.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, launcher: Launcher, *, chunk: int, shared: bool
+        self, decoder: Decoder, cache: KVCache, launcher: Launcher, *, chunk: int, sharded: bool
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._shared, self._blocks, self._device = shared, decoder.blocks, decoder.device
+        self._sharded, self._blocks, self._device = sharded, decoder.blocks, decoder.device
         first, *_ = self._blocks
         linears = [linear for block in self._blocks for linear in block.linears.values()]
         forms = dict.fromkeys(form for linear in linears for form in fused_forms(linear))
@@ -114,7 +115,7 @@ class GemmPrefill:
         sizes = range(CAPTURED_STEP, most + CAPTURED_STEP, CAPTURED_STEP)
         sizes = {min(n, most) for n in sizes}
         self._captured, self._captured_later = (PaddedGraphs(sizes, self._device) for _ in range(2))
-        self.captures = self._device.type == "cuda" and not shared
+        self.captures = self._device.type == "cuda" and not sharded
 
     def __call__(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
         """Prefills a seat with one chunk, from position ``start`` on.
@@ -188,13 +189,13 @@ class GemmPrefill:
 
     def _sum(self, linear: Linear, part_TD: Tensor) -> None:
         """Sums a GEMM's output over ranks, in place, if there are several."""
-        if self._shared:
+        if self._sharded:
             y_TD = _gemm_output(linear, part_TD).with_scale_and_bias()
             part_TD.copy_(self._blocks[0].all_reduce(y_TD))
 
     def _reduced(self, linear: Linear, y: Tensor) -> GemmOutput:
         """Returns the output that ``_sum`` left: over several ranks it includes scale and bias."""
-        return GemmOutput(y=y) if self._shared else _gemm_output(linear, y)
+        return GemmOutput(y=y) if self._sharded else _gemm_output(linear, y)
 
     def _attend(self, i: int, T: int, start: int, rows: int) -> Tensor:
         """Computes attention [rows, H * E] of a chunk's last rows.
@@ -346,17 +347,20 @@ class GemmPrefill:
 
 
 def _last_rows(rows: int) -> int:
-    """Returns how many rows of a chunk the last layer computes: so few that they can be moved."""
+    """Returns how many rows of a chunk the last layer computes.
+
+    They are moved to the first rows of the workspace, which they must not overlap.
+    """
     return LAST_ROWS if rows >= 2 * LAST_ROWS else rows
 
 
 def _has_plain_rows(linear: Linear) -> bool:
-    """Tells whether all of a weight is plain rows."""
+    """Returns whether a weight consists of plain rows only."""
     return [form.plain_rows for form in fused_forms(linear)] == [True]
 
 
 def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
-    """Returns a GEMM's output, and the weight's scale and bias, which are not applied yet."""
+    """Returns a GEMM's output with the weight's scale and bias, which are still to be applied."""
     kernels = zip(fused_kernels(linear), linear.pieces, strict=True)
     scales = [kernel.named(piece.packed).scale for kernel, piece in kernels]
     scale_N, *more = scales

@@ -1,4 +1,4 @@
-"""Grammars that answers follow (structured output), by the library llguidance.
+"""Grammars that answers follow (structured output), with the library llguidance.
 
 A grammar is compiled once for a vocabulary. Each answer has a ``Matcher``: it consumes the tokens
 of the answer, and fills a bit mask of the tokens that may come next. That takes some 20 µs for a
@@ -32,15 +32,16 @@ WHITESPACE = r" |\n[ \t]{0,40}"
 """Whitespace between two tokens of JSON: none, or what this matches. Otherwise small models can
 generate spaces without end."""
 
-MOST_COMPILED = 32
-"""The most compiled grammars, and reasons of refused ones, to keep."""
+MAX_COMPILED = 32
+"""The most entries of the cache of compiled grammars. An entry of a refused grammar is the reason.
+"""
 
-MOST_ITEMS = 800
+MAX_ITEMS = 800
 """The most items of the parser at one position of an answer that follows a grammar in Lark. If the
 answer can be parsed in many ways, the number of items grows with every character, and the time of a
 mask grows with the cube of that number: 70 ms with 800 items, during which other requests wait. A
 JSON schema takes a millisecond with the 2,000 items that the library allows, and a list of many
-optional properties needs so many. The limit counts items, not time: a limit on time would refuse
+optional properties needs that many. The limit counts items, not time: a limit on time would refuse
 some answers only on a busy machine."""
 
 _ANY_OBJECT = '{"type": "object"}'
@@ -63,14 +64,15 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], Tokenizer], n_tokens: int) -> None:
         self._tokenizer, self.n_tokens = tokenizer, n_tokens
-        self._outcome = functools.lru_cache(MOST_COMPILED)(self._compiled_or_refused)
+        self._outcome = functools.lru_cache(MAX_COMPILED)(self._compiled_or_refused)
 
     def check(self, grammar: Grammar) -> None:
         """Refuses what cannot be enforced.
 
         Raises:
             RequestError: The grammar is invalid, too costly, not supported, or matches nothing.
-            UnsupportedError: llguidance is not installed, or the tokenizer cannot end an answer.
+            UnsupportedError: llguidance is not installed, or the tokenizer has no end-of-sequence
+                token.
         """
         self._compiled(grammar)
 
@@ -97,8 +99,8 @@ class Grammars:
         ends = sorted(i for i in tokenizer.eos_ids if i < self.n_tokens)
         if not ends:
             raise UnsupportedError(
-                "the model's tokenizer has no end-of-sequence token, so that an answer could not "
-                "end where its grammar does."
+                "the model's tokenizer has no end-of-sequence token, so an answer could not end "
+                "where its grammar does."
             )
         vocabulary = _Vocabulary(tokenizer, self.n_tokens, ends[0])
         wrapped = library.TokenizerWrapper(vocabulary)
@@ -346,6 +348,6 @@ def _library() -> Any:
 
 
 def _limits(kind: GrammarKind) -> Any:
-    """Returns the limits of a grammar: the library's own, with errors that do not quote it."""
-    of_kind = {"max_items_in_row": MOST_ITEMS} if kind == "lark" else {}
+    """Returns the library's limits for a kind of grammar; its errors then quote no grammar."""
+    of_kind = {"max_items_in_row": MAX_ITEMS} if kind == "lark" else {}
     return _library().LLParserLimits(verbose_errors=False, **of_kind)

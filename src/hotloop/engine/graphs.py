@@ -17,7 +17,7 @@ from hotloop.kernels.cuda.launch import checked, driver_bindings
 
 Result = TypeVar("Result")
 
-MOST_GRAPHS = 1536
+MAX_GRAPHS = 1536
 """The most captured graphs. It exceeds the number of programs (``programs``) that a server of 32
 rows needs, with drafts and a context of 8,192 tokens in ``compile``, or any context in ``fused``.
 Each graph takes some megabytes."""
@@ -31,7 +31,7 @@ class Graphs:
 
     Args:
         device: The device.
-        most: The most graphs to keep; None for ``MOST_GRAPHS``.
+        most: The most graphs to keep; None for ``MAX_GRAPHS``.
 
     Attributes:
         n_captured: Graphs captured so far.
@@ -39,7 +39,7 @@ class Graphs:
 
     def __init__(self, device: torch.device, most: int | None = None) -> None:
         self.n_captured = 0
-        self._device, self._most = device, most or MOST_GRAPHS
+        self._device, self._most = device, most or MAX_GRAPHS
         self._pool: Any = None
         self._kept: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = OrderedDict()
 
@@ -123,7 +123,7 @@ class PaddedGraphs:
 class IfNodes:
     """Conditional parts of a CUDA graph: a replay runs them only if a kernel has decided so.
 
-    Each becomes the body of an IF node (a *conditional node*, CUDA 12.4). torch does not know such
+    Each becomes the body of an IF node (a *conditional node*, CUDA 12.4). torch has no API for such
     nodes, so a body is a separate capture on a stream of its own. The tensors that torch allocates
     in bodies come from a memory pool of their own, not from that of the graph around them. That
     pool's memory is never released to others; within the pool, later bodies can reuse the memory of
@@ -150,7 +150,7 @@ class IfNodes:
             body: The work.
 
         Raises:
-            LaunchError: The driver refused.
+            LaunchError: A call of the driver failed.
         """
         if not torch.cuda.is_current_stream_capturing():
             decide(None)
@@ -175,13 +175,13 @@ class IfNodes:
     def _capture(self, graph: Any, outer: int, body: Callable[[], None]) -> None:
         """Captures a body into its graph."""
         driver, stream = driver_bindings(), _body_stream(self._device)
-        assert stream.cuda_stream != outer, "it is capturing what is around the node"
+        assert stream.cuda_stream != outer, "this stream captures the outer graph"
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         checked(driver.cuStreamBeginCaptureToGraph(stream.cuda_stream, graph, None, None, 0, mode))
         try:
             with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool, self._device):
                 body()
-        finally:  # before the capture around it ends, whatever has happened
+        finally:  # after errors too, before the outer capture ends
             ended = driver.cuStreamEndCapture(stream.cuda_stream)
         checked(ended)
 

@@ -28,12 +28,12 @@ def as_prompts(prompts: str | ChatPrompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)
 
 
-def n_items(value: Any, must: str) -> int:
+def n_items(value: Any, requirement: str) -> int:
     """Counts the items of a list or another sequence.
 
     Args:
         value: The list.
-        must: The beginning of the error message, which names the argument and its type.
+        requirement: The beginning of the error message: the argument and the type it must have.
 
     Raises:
         RequestError: The value is not a sequence.
@@ -44,7 +44,7 @@ def n_items(value: Any, must: str) -> int:
             return len(value)
         except TypeError:  # a tensor without dimensions
             pass
-    raise RequestError(f"{must}, not {shorten_value(value)}.")
+    raise RequestError(f"{requirement}, not {shorten_value(value)}.")
 
 
 def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

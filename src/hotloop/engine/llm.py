@@ -70,7 +70,7 @@ from hotloop.types import (
 )
 
 MAX_FULL_BYTES = 2**28
-"""The most bytes of whole distributions of windows that are scored together."""
+"""The most bytes that the whole distributions of windows scored together can take."""
 
 
 class LLM:
@@ -130,7 +130,7 @@ class LLM:
             self._prefill_batching = self._runner.run(QueryPrefillBatching()).wait()
             self._score_batching = self._runner.run(QueryScoreBatching()).wait()
             self._scheduler = self._warm_up()
-        except BaseException as error:  # a Ctrl-C too: ranks must not outlive it
+        except BaseException as error:  # KeyboardInterrupt too: ranks must not outlive it
             self._open_runner = None
             runner.close()
             if isinstance(error, OutOfMemoryError):
@@ -168,14 +168,15 @@ class LLM:
             **options: Fields of SamplingParams, which override those of ``params``.
 
         Returns:
-            One Generation for one text or conversation, a list in the order of ``prompts`` for a
-            list. With several answers (``n``), the answers to a prompt are adjacent in the list.
+            A Generation if ``prompts`` is one text or conversation; for a list, a list in the same
+            order. With several answers (``n``), the answers to a prompt are adjacent in the list.
 
         Raises:
             RequestError: A prompt cannot be served; nothing is generated then.
             NumericsError: The model's logits were not finite for one of the prompts. ``stream``
                 yields the answers to the other prompts.
-            GrammarError: A grammar became too costly for one of the prompts; ``stream`` likewise.
+            GrammarError: A grammar became too costly for one of the prompts. ``stream`` yields the
+                answers to the other prompts.
         """
         deltas = self._stream(prompts, params, options)
         done = {d.index: d.generation for d in deltas if d.generation is not None}
@@ -201,21 +202,21 @@ class LLM:
     def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
         """Scores windows of token ids, through the same weights, kernels and cache.
 
-        With ``max_batch_size`` several windows are scored together, and so many are taken in
-        advance. Of windows that follow each other and begin alike, such as the answers to a
-        question, that beginning is computed once.
+        Up to ``max_batch_size`` windows are taken from the iterable in advance and scored together.
+        If consecutive windows have a common prefix, as the answers to a question do, the prefix is
+        computed once.
 
         Args:
-            windows: Windows of two tokens up to the context.
-            full: Also return the whole distribution at each position. Together, these take no more
-                than ``MAX_FULL_BYTES``, if one window does not.
+            windows: Windows of at least two tokens and at most the context.
+            full: Also return the whole distribution at each position. Several windows are scored
+                together only if their distributions take at most ``MAX_FULL_BYTES``.
 
         Yields:
             A Score per window, on the CPU.
 
         Raises:
-            RequestError: A window is too short or too long, or has other tokens; raised behind the
-                scores of the windows before it.
+            RequestError: A window is too short or too long, or has tokens outside the vocabulary.
+                It is raised after the scores of the earlier windows.
         """
         group = None if full else object()
         scorings = (self.scoring(window, full=full, group=group) for window in windows)
@@ -271,7 +272,7 @@ class LLM:
 
     @property
     def default_new_tokens(self) -> int:
-        """The most tokens of an answer without ``max_new_tokens``, if the context has room."""
+        """The most tokens of an answer without ``max_new_tokens``; the context can allow fewer."""
         return self._suggestions.get("max_new_tokens") or DEFAULT_NEW_TOKENS
 
     @cached_property
@@ -328,7 +329,7 @@ class LLM:
 
     @contextmanager
     def meter(self) -> Iterator[PeakMemory]:
-        """Measures peak memory in the ``with`` block; of several ranks, the maximum."""
+        """Measures peak memory in the ``with`` block: the maximum over ranks."""
         self._turns.check_not_held()
         peak = _Peak()
         with self._turns.exclusive():
@@ -340,7 +341,7 @@ class LLM:
                 peak.peak_bytes = self._runner.run(StopMeter()).wait()
 
     def close(self) -> None:
-        """Frees the device. Later calls are refused, and streams that have not ended fail.
+        """Frees the memory on the device. Later calls are refused, and unfinished streams fail.
 
         Raises:
             RequestError: The engine has a service, which must be closed first.
@@ -519,7 +520,7 @@ class LLM:
         """Returns the job that scores a window; see ``Service.score`` and ``Scoring``.
 
         Raises:
-            RequestError: The window is too short or too long, or has other tokens.
+            RequestError: The window is too short or too long, or has tokens outside the vocabulary.
         """
         self._check_open()
         n = n_items(window, "a window to score must be a list of token ids")

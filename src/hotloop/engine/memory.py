@@ -16,7 +16,7 @@ _GRAPH_BYTES = 4 * 2**20
 """Bytes of one captured program, without the tensors that all programs share."""
 
 _SAMPLER_BYTES = 10
-"""Bytes of the sampler's state per row and token: two masks, a count and a bias."""
+"""Bytes of the sampler's state per row and token id: two masks, a count and a bias."""
 
 
 def predict_memory(config: EngineConfig, *, served: bool = False) -> MemoryPlan:

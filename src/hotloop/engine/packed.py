@@ -19,7 +19,7 @@ from hotloop.models.decoder import Decoder
 from hotloop.parallel.collectives import Group
 from hotloop.quant import Scheme
 from hotloop.weights.calibration import importance_for
-from hotloop.weights.load import OnLayer, Twin, load_weights
+from hotloop.weights.load import OnLayer, SelfDraft, load_weights
 from hotloop.weights.packed_cache import entry_key, load_packed, store_packed
 from hotloop.weights.source import CheckpointSource, RandomSource, Source
 
@@ -45,7 +45,7 @@ def load(
     group: Group,
     on_layer: OnLayer | None = None,
     *,
-    twin: Decoder | None = None,
+    draft_decoder: Decoder | None = None,
 ) -> Loaded:
     """Assigns every weight of ``decoder``.
 
@@ -54,26 +54,31 @@ def load(
         decoder: The rank's part of the model, without weights.
         group: The ranks, which load at the same time.
         on_layer: Called with (layers done, layers in all).
-        twin: The decoder of a drafter that is the model under another scheme, or its high planes.
+        draft_decoder: The decoder of a drafter that is the model under another scheme, or consists
+            of the high planes of its weights; None without such a drafter.
     """
     nested = setup.draft is not None and setup.draft.nested
-    loaded = _load(setup, decoder, group, on_layer, None if nested else twin)
-    if twin is not None:
+    loaded = _load(setup, decoder, group, on_layer, None if nested else draft_decoder)
+    if draft_decoder is not None:
         if nested:
-            twin.share_high_planes(decoder)
-        twin.share_biases(decoder)
+            draft_decoder.share_high_planes(decoder)
+        draft_decoder.share_biases(decoder)
     if setup.device.type != "cpu":
         return loaded
-    modules = [decoder] if twin is None else [decoder, twin]
+    modules = [decoder] if draft_decoder is None else [decoder, draft_decoder]
     reason = move_to_huge_pages(chain.from_iterable(module.buffers() for module in modules))
     if reason is None:
         return loaded
-    note = f"weights are not in huge pages, so that decoding is slower: {reason}"
+    note = f"weights are not in huge pages, which makes decoding slower: {reason}"
     return replace(loaded, notes=(*loaded.notes, note))
 
 
 def _load(
-    setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None, twin: Decoder | None
+    setup: Setup,
+    decoder: Decoder,
+    group: Group,
+    on_layer: OnLayer | None,
+    draft_decoder: Decoder | None,
 ) -> Loaded:
     started = time.perf_counter()
 
@@ -81,12 +86,12 @@ def _load(
         return Loaded(read_bytes=read_bytes, read_s=time.perf_counter() - started)
 
     if not setup.config.cache_packed or setup.path is None or setup.config.weights == "random":
-        return loaded(_load_from_source(setup, decoder, group, on_layer, twin))
+        return loaded(_load_from_source(setup, decoder, group, on_layer, draft_decoder))
     facts = _facts(setup)
     parts: list[tuple[str, nn.Module]] = [(entry_key(setup.path, facts), decoder)]
-    if twin is not None:  # an entry of its own, so that the model's is the same with any drafter
+    if draft_decoder is not None:  # has its own entry: the model's is the same with any drafter
         facts |= {"draft": _draft_facts(setup)}
-        parts.append((entry_key(setup.path, facts), _own_matrices(twin, decoder)))
+        parts.append((entry_key(setup.path, facts), _own_matrices(draft_decoder, decoder)))
     before = [dict(module.named_buffers(remove_duplicate=False)) for _, module in parts]
     read_bytes: int | None = 0
     for key, module in reversed(parts):  # the drafter's is more often missing
@@ -96,7 +101,7 @@ def _load(
     is_missing = torch.tensor([read_bytes is None], dtype=torch.int32, device=setup.device)
     if not int(group.max(is_missing)):
         return loaded(read_bytes)
-    made = loaded(_load_from_source(setup, decoder, group, on_layer, twin))
+    made = loaded(_load_from_source(setup, decoder, group, on_layer, draft_decoder))
     notes = [
         store_packed(key, module, without_weights)
         for (key, module), without_weights in zip(parts, before, strict=True)
@@ -109,10 +114,10 @@ def _load_from_source(
     decoder: Decoder,
     group: Group,
     on_layer: OnLayer | None,
-    twin: Decoder | None,
+    draft_decoder: Decoder | None,
 ) -> int | None:
     """Returns the bytes that were read; None for random weights."""
-    drafts = {} if twin is None or setup.draft is None else setup.draft.schemes
+    drafts = {} if draft_decoder is None or setup.draft is None else setup.draft.schemes
     checkpoint, importance = None, None
     source: Source
     try:
@@ -138,9 +143,14 @@ def _load_from_source(
                 reduce_max=group.max,
                 importance=importance,
             )
-        beside = None
-        if twin is not None:
-            beside = Twin(decoder=twin, schemes=drafts, reduce_max=group.max, importance=importance)
+        draft = None
+        if draft_decoder is not None:
+            draft = SelfDraft(
+                decoder=draft_decoder,
+                schemes=drafts,
+                reduce_max=group.max,
+                importance=importance,
+            )
         load_weights(
             decoder,
             setup.model,
@@ -151,7 +161,7 @@ def _load_from_source(
             dtype=setup.dtype,
             device=setup.device,
             fused=setup.fused,
-            twin=beside,
+            draft=draft,
             on_layer=on_layer,
         )
     finally:
@@ -168,7 +178,7 @@ def _half(on_layer: OnLayer | None, half: int) -> OnLayer | None:
 
 
 def _facts(setup: Setup) -> dict[str, Any]:
-    """Returns everything that decides the packed bytes, besides the checkpoint and the code."""
+    """Returns everything that the packed bytes depend on, besides the checkpoint and the code."""
     return {
         "model": repr(setup.model),
         **_of_schemes(setup, setup.schemes),
@@ -182,7 +192,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
 
 
 def _draft_facts(setup: Setup) -> dict[str, Any]:
-    """Returns everything that decides a drafter's packed bytes, besides the facts of the model."""
+    """Returns everything that a drafter's packed bytes depend on, besides the model's facts."""
     assert setup.draft is not None, "there is no drafter"
     return _of_schemes(setup, setup.draft.schemes)
 
@@ -191,16 +201,18 @@ def _of_schemes(setup: Setup, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     specs = setup.specs(schemes)
     return {
         "schemes": {name: repr(scheme) for name, scheme in schemes.items()},
-        # On a CPU without a compiler it is other kernels that pack.
+        # On a CPU without a compiler other kernels pack the weights.
         "kernels": [choose_linear(spec)[0].name for _, pieces in specs for spec in pieces],
     }
 
 
-def _own_matrices(twin: Decoder, of: Decoder) -> nn.ModuleDict:
+def _own_matrices(draft_decoder: Decoder, of: Decoder) -> nn.ModuleDict:
     """Returns the matrices of a drafter that are not the model's, by names that tell them apart."""
     matrices = {
         f"{i} {name}": linear
-        for i, block in enumerate(twin.blocks)
+        for i, block in enumerate(draft_decoder.blocks)
         for name, linear in block.linears.items()
     }
-    return nn.ModuleDict(matrices if twin.head is of.head else matrices | {"head": twin.head})
+    return nn.ModuleDict(
+        matrices if draft_decoder.head is of.head else matrices | {"head": draft_decoder.head}
+    )

@@ -1,6 +1,7 @@
 """Holds the activations of a chunk of a prompt, and chooses a chunk size that memory allows.
 
-Shape letters: T tokens of one sequence, D model width.
+Shape letters: T tokens of one sequence, D model width, H query heads, J key/value heads, E head
+width, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hotloop.hardware import device_info
 from hotloop.models.config import LayerConfig, ModelConfig
-from hotloop.types import LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK
+from hotloop.types import MAX_PREFILL_CHUNK, MIN_PREFILL_CHUNK
 
 WORKSPACE_SHARE = 0.02
 """Share of the device's memory that activations of a chunk may take."""
@@ -115,4 +116,4 @@ def prefill_chunk(model: ModelConfig, device: torch.device) -> int:
     """
     rows = int(WORKSPACE_SHARE * device_info(device).total_bytes) // bytes_per_row(model)
     rows = 1 << max(0, rows.bit_length() - 1)
-    return min(MOST_PREFILL_CHUNK, max(LEAST_PREFILL_CHUNK, rows))
+    return min(MAX_PREFILL_CHUNK, max(MIN_PREFILL_CHUNK, rows))

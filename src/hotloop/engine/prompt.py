@@ -101,10 +101,10 @@ class StepPrefill:
         self._captured: dict[int, tuple[Any, Tensor]] = {}
 
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Computes logits [B, T, V] of up to ``STEP_TOKENS`` tokens each, until the next call.
+        """Computes logits [B, T, V] of up to ``STEP_TOKENS`` tokens of each chunk.
 
-        Padding tokens write cache positions that later tokens overwrite before any read, and never
-        beyond the seat's end.
+        The result is valid until the next call. Padding tokens write cache positions that later
+        tokens overwrite before any read, and never beyond the seat's end.
         """
         n = len(chunks)
         B = padded_rows(n, self._n_prompts) if self._captured else n
@@ -149,7 +149,7 @@ class FusedPrefill:
         cache: Its cache.
         launcher: Launches kernels.
         chunk: The most tokens of a chunk.
-        shared: The model is sharded over ranks.
+        sharded: The model is sharded over ranks.
         n_prompts: The most prompts that the engine prefills together.
 
     Attributes:
@@ -165,13 +165,13 @@ class FusedPrefill:
         launcher: Launcher,
         *,
         chunk: int,
-        shared: bool,
+        sharded: bool,
         n_prompts: int = 1,
     ) -> None:
         self._forward = forward
         n_prompts, scratch = step_prompts(n_prompts), cache.n_seats - 1
         self._steps = StepPrefill(forward, decoder.device, n_prompts=n_prompts, scratch=scratch)
-        self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, shared=shared)
+        self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, sharded=sharded)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
         longest = max_step_prefill_tokens(fused_forms(gate_up))
         self.prefill_batching = PrefillBatching(
@@ -193,7 +193,8 @@ class FusedPrefill:
         """Prefills a seat with a chunk from position ``start`` on.
 
         Returns:
-            Computes the last token's logits [1, V], before the next prefill.
+            A function that returns the last token's logits [1, V]. It must be called before the
+            next prefill.
         """
         if len(ids_T) <= self.prefill_batching.max_prompt_tokens:
             *_, (_, logits_TV) = self.logits([Chunk(ids_T, start, seat)])
@@ -228,8 +229,8 @@ class FusedPrefill:
         """Prefills seats by decode steps, with logits of every token.
 
         Yields:
-            For each step, the parts of chunks that it has and, one after the other, the logits of
-            their tokens [N, V], until the next step.
+            For each step, the parts of chunks that it computes, and the logits [N, V] of their
+            tokens, concatenated. These are valid until the next step.
         """
         for first in range(0, max(len(chunk.ids) for chunk in chunks), STEP_TOKENS):
             parts, spans = [], []

@@ -33,7 +33,7 @@ class RankGroup:
     """``setup.config.tensor_parallel`` processes, each with a ``Runner`` of its shard.
 
     Args:
-        setup: The configuration to load, as of rank 0.
+        setup: The configuration to load, resolved for rank 0.
         n_tokens: Token ids below this can be selected.
         progress: Called as rank 0's layers are loaded.
 
@@ -43,7 +43,7 @@ class RankGroup:
     """
 
     def __init__(self, setup: Setup, *, n_tokens: int, progress: OnProgress | None = None) -> None:
-        # On a CPU too a step is computed while the tokens of the one before are on their way here.
+        # On a CPU too, ranks compute a step while the tokens of the previous one travel here.
         self.asynchronous, self.captures = True, setup.captures
         self.ends_chains = setup.ends_on_host
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
@@ -84,7 +84,7 @@ class RankGroup:
     def close(self) -> None:
         """Ends the ranks."""
         self._ranks.end()
-        if Torchrun.environment() is None:  # whose ranks may still be about to end
+        if Torchrun.environment() is None:  # else torchrun's ranks may still use the store
             self._store = None
 
 

@@ -222,12 +222,12 @@ class Scoring:
         ids: The window, two tokens or more.
         full: Also return the whole distribution at each position.
         n_top: Also return this many most likely tokens at each position.
-        group: Windows of one group that begin alike share the keys and values, and the scores, of
-            that beginning. They are cancelled together, and no distributions are asked of them.
-            None for a window by itself.
+        group: Windows of one group that have a common prefix share its keys and values, and its
+            scores. They are cancelled together, and ``full`` must be False. None for a window that
+            shares nothing.
 
     Attributes:
-        n_cached: Its first tokens that were neither prefilled nor scored again.
+        n_cached: Number of its first tokens whose keys, values and scores were reused.
         parts: The scores of its chunks so far; once it has been scored, that of the whole window.
         ended: Whether it has been scored or cancelled.
     """
@@ -241,11 +241,11 @@ class Scoring:
         self._like: Scoring | None = None
 
     def begin_like(self, other: Scoring, n: int) -> None:
-        """Takes the scores of the first ``n`` predictions from a window that is scored before."""
+        """Reuses the scores of the first ``n`` predictions of a window that is scored earlier."""
         self._like, self.n_cached = other, n
 
     def finish(self) -> None:
-        """Joins the scores of its parts; those of the window that it begins like are there."""
+        """Joins the scores of its parts, after those of the window whose prefix it shares."""
         if self._like is not None:
             self.parts.insert(0, _first(self._like.score(), self.n_cached))
         self._like = None

@@ -33,7 +33,7 @@ class Rows:
     Args:
         n_rows: R.
         n_positions: C.
-        spare: The most drafts in a step.
+        spare: The most drafts in a step, for which the history has further positions.
         device: The device of the model.
         scratch: The seat of unused rows that a captured step computes.
         launcher: Launches the CUDA kernels; None uses plain PyTorch.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hotloop.engine import packed
-from hotloop.engine.chains import ChainEnd, EndOnDevice, EndOnHost, refusal
+from hotloop.engine.chains import ChainEnd, EndOnDevice, EndOnHost, unavailable_reason
 from hotloop.engine.constraints import Constraints
 from hotloop.engine.core import (
     Admit,
@@ -87,18 +87,18 @@ from hotloop.types import EXACT_CPU_CHUNK, Score, TokenLogprob, exit_layers
 
 Result = TypeVar("Result")
 
-READ_ROWS = 8
-"""The number of rows whose products with a one-byte weight take a CPU as long as reading that
-weight. Prompts of no more tokens are prefilled together: the first prompt of a batch then waits
-less for the other prompts than these would wait for it (measured on 2 cores of a Xeon: int4 4 to 6
-tokens, int8 6, bfloat16 16)."""
+BREAK_EVEN_ROWS = 8
+"""The number of rows at which a CPU takes as long to multiply them by an 8-bit weight as to read
+the weight. Prompts of at most so many tokens are prefilled together: the first prompt of a batch
+then waits less for the other prompts than these would wait for it (measured on 2 cores of a Xeon:
+int4 4 to 6 tokens, int8 6, bfloat16 16)."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine loads and warms up."""
 
 
 class Runner:
-    """Runs commands with a model, or a rank's shard of one, and its drafter on one device.
+    """Runs commands on one device, with a model, or a rank's shard of one, and its drafter.
 
     Args:
         setup: The configuration to load.
@@ -355,7 +355,7 @@ class Runner:
         }
 
     def close(self) -> None:
-        """Frees the device."""
+        """Frees the memory on the device."""
         parts = ("_stepper", "_drafters", "_draft_model", "_constraints", "_sampler", "_rows")
         for name in (*parts, "_model"):
             if hasattr(self, name):
@@ -375,8 +375,8 @@ class Runner:
             return None, ()
         n_rows, device = setup.config.max_batch_size, setup.device
         end = EndOnDevice(IfNodes(device), launcher, n_rows, device, assumed)
-        if reason := refusal(end, launcher, device):
-            return None, (f"all drafts of a step are made, since {reason}",)
+        if reason := unavailable_reason(end, launcher, device):
+            return None, (f"chains of drafts do not end early: {reason}",)
         return end, ()
 
     def _make_drafters(self, progress: OnProgress | None) -> list[Drafter]:
@@ -392,7 +392,9 @@ class Runner:
             return NgramDrafter(self._rows, launcher=self._model.launcher)
         # Without a number of layers, it is the model under another scheme.
         n_layers = exit_layers(name)
-        forward = self._model.forward(n_layers, self._model.twin if n_layers is None else None)
+        forward = self._model.forward(
+            n_layers, self._model.draft_decoder if n_layers is None else None
+        )
         return SelfDrafter(forward, self._rows, self._sampler)
 
     def _make_model_drafter(self, setup: Setup, progress: OnProgress | None) -> Drafter:
@@ -432,8 +434,8 @@ class _Model:
         prefill_batching: Limits of batched prefill; None if prompts are prefilled one by one.
         score_batching: Limits of batched scoring.
         on_cpu_kernels: Our CPU kernels compute all matrix products, and attention.
-        twin: The decoder of a drafter that is the model under another scheme, or the high planes of
-            its weights; None without one.
+        draft_decoder: The decoder of a drafter that is the model under another scheme, or consists
+            of the high planes of its weights; None without such a drafter.
     """
 
     def __init__(
@@ -446,7 +448,7 @@ class _Model:
         n_seats: int,
         n_prompts: int = 1,
     ) -> None:
-        self.setup, self.n_tokens, self._shared = setup, n_tokens, group.size > 1
+        self.setup, self.n_tokens, self._sharded = setup, n_tokens, group.size > 1
         model, device = setup.local, setup.device
         name, attention, self._attention_notes = choose_attention(device, setup.dtype)
         self.attention_name = "fused" if setup.fused else name
@@ -462,12 +464,14 @@ class _Model:
             n_head_rows=len(setup.shard.vocabulary),
             all_reduce=group.sum,
         )
-        self.decoder, self.twin = make_decoder(), None
+        self.decoder, self.draft_decoder = make_decoder(), None
         if setup.draft and (setup.draft.nested or setup.draft.schemes):
             shares_head = names.head(model) not in setup.draft.schemes
-            self.twin = make_decoder(twin=self.decoder, shares_head=shares_head)
+            self.draft_decoder = make_decoder(target=self.decoder, shares_head=shares_head)
         on_layer = None if progress is None else lambda i, n: progress("load", i, n)
-        self.loaded = packed.load(setup, self.decoder, group, on_layer, twin=self.twin)
+        self.loaded = packed.load(
+            setup, self.decoder, group, on_layer, draft_decoder=self.draft_decoder
+        )
         self.cache = KVCache(
             kv_heads=model.kv_heads,
             n_seats=n_seats,
@@ -490,7 +494,7 @@ class _Model:
                 self.cache,
                 self.launcher,
                 chunk=setup.prefill_chunk,
-                shared=self._shared,
+                sharded=self._sharded,
                 n_prompts=n_prompts,
             )
         self.on_cpu_kernels = all(name.endswith("/cpu") for name in self.kernels().values())
@@ -502,7 +506,9 @@ class _Model:
         elif self.on_cpu_kernels:
             linears = [linear for block in self.decoder.blocks for linear in block.linears.values()]
             n_weights = sum(linear.n * linear.k for linear in linears)
-            longest = math.ceil(READ_ROWS * sum(linear.nbytes for linear in linears) / n_weights)
+            longest = math.ceil(
+                BREAK_EVEN_ROWS * sum(linear.nbytes for linear in linears) / n_weights
+            )
             self.prefill_batching = PrefillBatching(
                 max_prompts=n_prompts,
                 max_prompt_tokens=min(longest, EXACT_CPU_CHUNK),
@@ -519,7 +525,7 @@ class _Model:
         return ScoreBatching(
             chunk=min(chunk, EXACT_CPU_CHUNK) if self.on_cpu_kernels else chunk,
             max_windows=n_windows,
-            max_tokens=min(chunk, self.setup.n_positions),  # of which there is memory for logits
+            max_tokens=min(chunk, self.setup.n_positions),  # memory for their logits exists
         )
 
     def warm_up(self) -> None:
@@ -528,7 +534,7 @@ class _Model:
             self._prompt.warm_up()
 
     def forward(self, n_layers: int | None = None, decoder: Decoder | None = None) -> Forward:
-        """Returns the forward for steps: of the model, of its first layers, or of its twin."""
+        """Returns the forward of steps: of the model, its first layers, or another decoder."""
         is_plain = n_layers is None and decoder is None
         fused = self._steps if is_plain else self._fused_forward(n_layers, decoder)
         if fused is not None:
@@ -552,7 +558,7 @@ class _Model:
             self.cache,
             self.launcher,
             n_tokens=self.n_tokens,
-            shared=self._shared,
+            sharded=self._sharded,
             peers=self.peers,
             n_layers=n_layers,
         )
@@ -568,7 +574,8 @@ class _Model:
         """Prefills a seat with a chunk from position ``start`` on.
 
         Returns:
-            Computes the last token's logits [1, V], before the next prefill.
+            A function that returns the last token's logits [1, V]. It must be called before the
+            next prefill.
         """
         if self._prompt is not None:
             return self._prompt(ids_T, start, seat)
@@ -593,10 +600,10 @@ class _Model:
     def logits(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Spans, Tensor]]:
         """Prefills seats with chunks of windows, with logits of every token.
 
-        Several are computed together, as ``score_batching`` allows.
+        Several chunks share a forward if ``score_batching`` allows it.
 
         Yields:
-            Parts of chunks and, one after the other, the logits of their tokens [N, V].
+            Parts of chunks, and the logits [N, V] of their tokens, concatenated.
         """
         if self._prompt is not None:
             yield from self._prompt.logits(chunks)
@@ -630,7 +637,8 @@ class _Model:
     def _padded_together(self, chunks: Sequence[Chunk]) -> Tensor:
         """Runs chunks as sequences of one length; returns hidden states of their tokens [N, D].
 
-        Padding repeats the last token of a chunk at its position, and so stores what is there.
+        Padding repeats the last token of a chunk at its position, so it stores the same keys and
+        values again.
         """
         device, lengths = self.decoder.device, [len(chunk.ids) for chunk in chunks]
         T = max(lengths)
@@ -666,7 +674,7 @@ class _Model:
     def kernels(self) -> dict[str, str]:
         """Returns the kernels that each matrix uses, by its name in a layer."""
         used: dict[str, dict[str, None]] = {}
-        for name, linear in (*self._linears(), *self._twin_linears()):
+        for name, linear in (*self._linears(), *self._draft_linears()):
             assert linear.kernel is not None, "no weight was assigned"
             used.setdefault(name, {})[linear.kernel.name] = None
         kernels = {name: ", ".join(each) for name, each in used.items()}
@@ -676,7 +684,7 @@ class _Model:
         """Returns notes of the setup, and why faster kernels are not used, each once."""
         notes = [*self.setup.notes, *self.loaded.notes]
         notes += [note for _, linear in self._linears() for note in linear.notes]
-        notes += [f"draft/{note}" for _, linear in self._twin_linears() for note in linear.notes]
+        notes += [f"draft/{note}" for _, linear in self._draft_linears() for note in linear.notes]
         if self.launcher is not None:
             notes += sorted(self.launcher.notes)
         return dict.fromkeys((*notes, *self._attention_notes))
@@ -694,15 +702,15 @@ class _Model:
             yield from block.linears.items()
         yield "head", self.decoder.head
 
-    def _twin_linears(self) -> Iterator[tuple[str, Linear]]:
-        """Yields every matrix of the twin, without a shared head."""
-        if self.twin is None:
+    def _draft_linears(self) -> Iterator[tuple[str, Linear]]:
+        """Yields every matrix of ``draft_decoder``, without a shared head."""
+        if self.draft_decoder is None:
             return
-        for block in self.twin.blocks:
+        for block in self.draft_decoder.blocks:
             for name, linear in block.linears.items():
                 yield f"draft/{name}", linear
-        if self.twin.head is not self.decoder.head:
-            yield "draft/head", self.twin.head
+        if self.draft_decoder.head is not self.decoder.head:
+            yield "draft/head", self.draft_decoder.head
 
 
 def _by_window(spans: Sequence[Spans], parts: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -715,7 +723,7 @@ def _by_window(spans: Sequence[Spans], parts: Sequence[Tensor]) -> dict[int, Ten
 
 
 class _PendingChunk(Generic[Result]):
-    """The ``Pending`` end of a chunk of prefill, with the tensors that are copied to the host."""
+    """The ``Pending`` result of a prefill chunk, with the tensors that are copied to the host."""
 
     def __init__(self, device: torch.device, result: Result) -> None:
         self._done, self._result = None, result
@@ -760,7 +768,7 @@ class _PendingStepResult:
         n = self._n_drafting_steps
         times = None if self._timestamps is None else step_times(self._timestamps) / n
         first, *others = [self._result(i, times) for i in range(n)]
-        return replace(first, then=others)
+        return replace(first, later=others)
 
     @property
     def _n_drafting_steps(self) -> int:

@@ -37,18 +37,19 @@ from hotloop.types import MAX_LOGPROBS, SamplingParams
 
 _WORD = 0xFFFFFFFF
 
-_LEAST_TOP_P = torch.finfo(torch.float32).tiny
+_MIN_TOP_P = torch.finfo(torch.float32).tiny
 """The smallest top-p. Rows hold top-p in float32: if a smaller value were rounded to 0, no token
 would pass, not even the most likely one."""
 
 
 FEW_CANDIDATES = (256, 4096)
-"""The number of most likely tokens that top-p tries first on a CPU, before the whole vocabulary."""
+"""Numbers of most likely tokens to which top-p is applied on a CPU, one after the other, before it
+is applied to the whole vocabulary."""
 
 
-MOST_DRAWN = 8
-"""If no more than one token in this many passes, a CPU computes Gumbel numbers of the passing
-tokens only."""
+SPARSE_DIVISOR = 8
+"""If at most one token in this many passes top-k, top-p and min-p, a CPU computes Gumbel numbers of
+the passing tokens only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ class Sampler:
             self.frequency,
         ) = self._numbers
         self.top_k, self.seed, self.first_end = self._counts
-        # Of words in memory, the least significant byte comes first.
+        # Words are little-endian.
         self._bits_of_byte = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8).to(device)
         width = max(vocab_size, self.vocabulary.ids.stop)
 
@@ -141,8 +142,8 @@ class Sampler:
 
         self.seen_RV, self.counts_RV = per_token(torch.bool), per_token(torch.int32)
         self.bias_RV, self.ends_RV = per_token(torch.float32), per_token(torch.bool)
-        # Rows whose biases and ends may not be zero. The rest of a row's state has no effect as
-        # long as its penalties are neutral.
+        # Rows whose biases or end tokens may have been set. The rest of a row's state has no effect
+        # as long as its penalties are neutral.
         self._adjusting: set[int] = set()
         self.vocab_size = vocab_size
 
@@ -182,7 +183,7 @@ class Sampler:
         """
         numbers = (
             params.temperature,
-            max(params.top_p, _LEAST_TOP_P),
+            max(params.top_p, _MIN_TOP_P),
             params.min_p,
             params.repetition_penalty,
             params.presence_penalty,
@@ -249,7 +250,7 @@ class Sampler:
             features: The features that these rows need.
             drafts_BD: int64, draft tokens, negative for none. For penalties, position t of T is
                 conditioned on the first t + D - T + 1 of them.
-            best_BT: Argmax of the logits over ids that can be selected, -1 where that is not
+            best_BT: Argmax of the logits over ids that can be selected, -1 where the maximum is not
                 finite; None if it has not been computed.
             masks_BTW: int32, bit masks of the tokens that grammars allow, of the whole vocabulary:
                 bit i of word w is for id 32 w + i. None allows all.
@@ -378,7 +379,7 @@ class Sampler:
             scaled_BTV = scaled_BTV.where(kept_BTV, -torch.inf)
             if self._reads_candidates:
                 at = kept_BTV.nonzero(as_tuple=True)
-                if len(at[0]) <= kept_BTV.numel() // MOST_DRAWN:
+                if len(at[0]) <= kept_BTV.numel() // SPARSE_DIVISOR:
                     values = scaled_BTV[at] + _gumbel_of(_keys(seed_B, positions_BT)[at[:2]], at[2])
                     return self.vocabulary.argmax(scaled_BTV.index_put(at, values))
         gumbel_BTV = _gumbel(seed_B, positions_BT, len(ids), ids.start)
@@ -436,9 +437,9 @@ class Sampler:
         return not self.top_p.is_cuda and self.vocabulary.group.size == 1
 
     def _numbers_of_candidates(self, features: Features) -> list[int]:
-        """Returns how many of the most likely tokens to look at, ascending; the last suffices.
+        """Returns how many of the most likely tokens to examine, ascending; the last suffices.
 
-        To sort a whole vocabulary for top-p takes a third of a small model's step on a CPU, and few
+        Sorting a whole vocabulary for top-p takes a third of a small model's step on a CPU, and few
         tokens are nearly always enough. CUDA graphs and several ranks have a single, fixed number.
         """
         most = min(features.n_candidates or self.vocab_size, self.vocab_size)
@@ -466,8 +467,9 @@ def _keys(seed_B: Tensor, positions_BT: Tensor) -> Tensor:
 def _gumbel_of(keys: Tensor, ids: Tensor) -> Tensor:
     """Returns the Gumbel numbers of token ids by the keys of their positions, broadcast."""
     words = _mix(keys ^ _mix(ids + 1))
-    # -log1p(-u) is precise at small u, which give the large Gumbel numbers that decide. Clamping
-    # avoids u = 1, to which the largest words round: minus infinity could tie with a masked token.
+    # -log1p(-u) is precise at small u, which give the large Gumbel numbers that decide. The largest
+    # words round to u = 1, whose Gumbel number is minus infinity, as a masked token's score.
+    # Clamping avoids that tie.
     uniform = ((words.float() + 0.5) * 2**-32).clamp_(max=1 - 2**-24)
     return -torch.log(-torch.log1p(-uniform))
 

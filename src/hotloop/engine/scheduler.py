@@ -18,8 +18,8 @@ request, the scheduler discards the tokens that a step in flight still computes 
 Chunks begin at multiples of the chunk size, whatever the load, so that the bits of a result do not
 depend on the load. Short prompts that wait together are prefilled in one forward, if each gets the
 same bits as alone (``core.PrefillBatching``). Windows to score that wait together are scored in one
-forward (``core.ScoreBatching``). Of windows that begin alike the first is scored before the others,
-which then begin with its keys and values (``seats``).
+forward (``core.ScoreBatching``). If windows have a common prefix, the first of them is scored
+before the others, which then reuse its keys and values (``seats``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from hotloop.engine.core import (
 )
 from hotloop.engine.draft_control import PLAIN, Choice, DraftController
 from hotloop.engine.request import Request, Scoring
-from hotloop.engine.seats import LEAST_SHARED, Seat, Seats, common_prefix
+from hotloop.engine.seats import MIN_SHARED_TOKENS, Seat, Seats, common_prefix
 from hotloop.types import Delta, PrefixReuse, Score
 
 MAX_MULTI_STEP_S = 8e-3
@@ -97,7 +97,7 @@ def step_kinds(
     Args:
         arms: See ``DraftController.arms``.
         n_steps: Steps of a multi-step program of plain steps.
-        alone: Of a single request.
+        alone: The steps have a single request.
     """
     kinds = [(k, drafter, 1) for drafter, k in arms]
     if n_steps > 1:
@@ -160,8 +160,8 @@ class Scheduler:
         self._rows: list[Request | None] = [None] * n_rows
         self._seats = Seats(n_rows, reuse=prefix_cache, chunk=chunk)
         self._seat_of: dict[Job, Seat] = {}
-        # Launches that are not delivered, as a list for each iteration that launched: two lists
-        # from a launch until the previous iteration's are delivered, else one.
+        # Undelivered launches, one list for each iteration that launched any. There are two lists
+        # from a launch until the launches of the previous iteration are delivered, else one.
         self._in_flight: deque[list[_Launched]] = deque([[]])
         self._undelivered: deque[tuple[_Launched, StepResult]] = deque()
         self._chunk_next = False  # only for a synchronous device
@@ -242,7 +242,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------ rows and seats
 
     def _release(self, job: Job, *, forget: bool = False) -> None:
-        """Frees a job's row and seat, if it has them; the seat keeps its tokens, or not."""
+        """Frees a job's row and seat, if it has them; with ``forget`` also the seat's tokens."""
         if self._prefilling is not None and self._prefilling.job is job:
             self._prefilling = None
         if job in self._rows:
@@ -335,7 +335,7 @@ class Scheduler:
         return next((each for each in self.feature_sets if each.includes(needed)), needed)
 
     def _kinds(self, requests: Collection[Request]) -> tuple[StepKind, ...]:
-        """Returns the kinds of steps that can follow; none if their programs are not made now."""
+        """Returns the kinds of steps that can follow, if their programs are to be made now."""
         alone = len(requests) == 1
         # Compiling takes seconds: a lone request's steps are compiled before the engine is ready,
         # those of several requests when they are run.
@@ -405,7 +405,7 @@ class Scheduler:
         return _Launched(self._core.run(command), scored=tuple(windows), is_last=is_last)
 
     def _window_chunk(self, window: Scoring) -> int:
-        """Returns the tokens of a window's chunks: those of a prompt, unless it can share some."""
+        """Returns the chunk size of a window: that of prompts, unless it can share a prefix."""
         return self._chunk if window.group is None else self._score_batching.chunk
 
     def _scored_with(self, first: _Prefilling, job: Scoring) -> dict[Scoring, _Prefilling]:
@@ -414,7 +414,9 @@ class Scheduler:
         lengths = [first.n - first.start]
         while self._waiting and self._seats.any_free:
             following = self._waiting[0]
-            if not isinstance(following, Scoring) or not self._suits(following, [job, *taken]):
+            if not isinstance(following, Scoring):
+                break
+            if not self._can_be_scored_with(following, [job, *taken]):
                 break
             least = len(following.ids) - 1 - self._seats.n_cached(following)
             if not self._score_batching.holds([*lengths, least]):
@@ -430,14 +432,14 @@ class Scheduler:
             taken[following] = prefilling
         return taken
 
-    def _suits(self, window: Scoring, others: Sequence[Scoring]) -> bool:
-        """Whether a window is scored with others, rather than after them to begin like one."""
+    def _can_be_scored_with(self, window: Scoring, others: Sequence[Scoring]) -> bool:
+        """Returns whether a window is scored with others; if not, it waits to reuse a prefix."""
         if (window.full, window.n_top) != (others[0].full, others[0].n_top):
             return False
         if window.group is None:
             return True
         alike = [common_prefix(o.ids, window.ids) for o in others if o.group is window.group]
-        return max(alike, default=0) < self._seats.n_cached(window) + LEAST_SHARED
+        return max(alike, default=0) < self._seats.n_cached(window) + MIN_SHARED_TOKENS
 
     def _admit(self, prompts: Sequence[_Prefilling]) -> _Launched:
         """Launches the last chunks of prompts, whose requests become rows."""
@@ -471,10 +473,10 @@ class Scheduler:
         job = self._waiting.popleft()
         if isinstance(job, Scoring):
             placement = self._seats.place_window(job)
-            # The last token that is alike is an input again: it predicts one that is not.
+            # The last common token is an input again: it predicts the first token that differs.
             start = max(0, placement.n_cached - 1)
             if start > 0:
-                assert placement.window is not None, "a window wrote what it begins with"
+                assert placement.window is not None, "a window wrote its prefix"
                 job.begin_like(placement.window, start)
         else:
             placement = self._seats.place(job.prompt_ids, job.salt)
@@ -496,9 +498,9 @@ class Scheduler:
         if not launched.requests:
             return []
         self.n_programs = max(self.n_programs, result.n_programs)
-        self._undelivered.extend((launched, step) for step in result.then)
+        self._undelivered.extend((launched, step) for step in result.later)
         if launched.choice.k:
-            launched.mean_drafts = fmean(max(step.n_drafts) for step in (result, *result.then))
+            launched.mean_drafts = fmean(max(step.n_drafts) for step in (result, *result.later))
         return self._deliver_step(launched, result)
 
     def _deliver_step(
@@ -558,7 +560,7 @@ class Scheduler:
     def _deliver_scores(
         self, windows: Sequence[Scoring], parts: Sequence[Score], *, is_last: bool
     ) -> list[tuple[Job, Delta | None]]:
-        """Adds the scores of chunks; returns the windows whose last ones they are."""
+        """Adds the scores of chunks to windows; returns the windows that are complete."""
         scored: list[tuple[Job, Delta | None]] = []
         for window, part in zip(windows, parts, strict=True):
             if window.ended:
@@ -593,15 +595,16 @@ class _Prefilling:
 class _Launched:
     """A launched chunk, step or multi-step program.
 
-    A step has ``n`` rows, and drafts by ``choice``; ``n`` is 0 for a chunk.
-
     Attributes:
-        mean_drafts: Drafts of the longest chain of its steps, as their mean.
         pending: Its result.
         requests: The request of each row of the result.
         prefilling: The request of a chunk that is not the last of its prompt.
         scored: The windows that chunks belong to.
         is_last: The chunks are the last of their windows.
+        n: Rows of the step; 0 for a chunk.
+        choice: How the step drafts.
+        n_steps: Steps of the program.
+        mean_drafts: The number of drafts of a step's longest chain, as the mean over its steps.
     """
 
     pending: Pending[Any]
@@ -616,6 +619,6 @@ class _Launched:
 
     @property
     def ended(self) -> bool:
-        """Whether nobody waits for the result."""
+        """Whether no job needs the result any more."""
         jobs: list[Job | None] = [*self.requests.values(), self.prefilling, *self.scored]
         return all(job is None or job.ended for job in jobs)

@@ -9,8 +9,8 @@ short match, such as a system message, does not destroy a long conversation.
 Tokens are compared, never a hash of them, and only between requests with the same *salt*, so that
 one client cannot measure what another's prompt was.
 
-Windows of tokens to score share prefixes likewise, whatever is reused of prompts, but only within
-one call, whose salt is an object of its own (``Scoring.group``).
+Windows to score share prefixes in the same way, whether or not prompts do, but only within one
+call: its salt is a unique object (``Scoring.group``).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from hotloop.types import PrefixReuse
 if TYPE_CHECKING:
     from hotloop.engine.request import Scoring
 
-LEAST_COPIED = 32
-"""The shortest common prefix worth copying: to prefill fewer tokens takes no longer than one token.
-"""
+MIN_COPIED_TOKENS = 32
+"""The shortest common prefix of a prompt that is copied: prefilling fewer tokens takes no longer
+than prefilling one."""
 
-LEAST_SHARED = 8
-"""That of windows, of which several are scored together: each token of a forward takes its time."""
+MIN_SHARED_TOKENS = 8
+"""The shortest common prefix of a window that is copied. It is shorter, since several windows are
+scored together, and then the time of a forward grows with every token."""
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Seat:
         occupied: A request is using it.
         ids: The tokens at its first positions, whose keys and values are valid and may be reused.
         salt: The salt of the request that wrote them.
-        window: The window that begins with them; None if a request wrote them.
-        last_used: Number of the placement that used it last.
+        window: The window whose first tokens these are; None if a request wrote them.
+        last_used: Number of the placement that last used it.
     """
 
     index: int
@@ -61,7 +62,7 @@ class Placement:
         seat: Its seat.
         n_cached: Tokens of the prompt that need no prefill.
         source: The seat to copy these from; None if they are in ``seat``.
-        window: The window that begins with these too, if a window wrote them.
+        window: The earlier window whose prefix these are; None if a request wrote them.
     """
 
     seat: Seat
@@ -91,13 +92,13 @@ class Seats:
     def place(self, ids: Sequence[int], salt: str = "") -> Placement:
         """Occupies a free seat for a prompt. The seat then holds its cached tokens."""
         self._forget_windows()
-        return self._place(ids, salt, self._reuse, LEAST_COPIED)
+        return self._place(ids, salt, self._reuse, MIN_COPIED_TOKENS)
 
     def place_window(self, window: Scoring) -> Placement:
-        """Occupies a free seat for a window to score, likewise; ``n_cached`` leaves it an input."""
+        """Occupies a free seat for a window to score; ``n_cached`` excludes its last input."""
         self._forget_windows(window.group)
         reuse: PrefixReuse = "none" if window.group is None else "tokens"
-        return self._place(window.ids[:-1], window.group, reuse, LEAST_SHARED)
+        return self._place(window.ids[:-1], window.group, reuse, MIN_SHARED_TOKENS)
 
     def n_cached(self, window: Scoring) -> int:
         """Counts the tokens of a window that ``place_window`` would find, in any seat."""

@@ -4,8 +4,8 @@ Any thread submits and cancels; the service's thread runs the scheduler. Each re
 ``Ticket``, a queue of the pieces of its answer. A slow client fills only its own queue, and is
 cancelled once that is full. After each iteration the service wakes the clients whose queues got a
 piece: threads by an event of their own, an asyncio loop by one call for all of its clients. If few
-clients got a piece, those with a function for it (``Ticket.hand_over``) are not woken: the
-service's thread calls the function.
+clients got a piece, the service's thread calls their receivers, if they have any
+(``Ticket.set_receiver``), instead of waking them.
 
 >>> with Service(llm) as service:
 ...     ticket = service.submit([1, 2, 3], SamplingParams())
@@ -56,24 +56,24 @@ from hotloop.types import (
 MAX_QUEUED = 64
 """The most requests that wait for a seat by default."""
 
-MAX_BEHIND = 4 * 2**20
-"""The most bytes of an answer that a client may leave in its queue by default."""
+MAX_UNREAD_BYTES = 4 * 2**20
+"""The most bytes of an answer that may wait in the queue of its ticket, by default."""
 
 SWITCH_INTERVAL_S = 1e-4
 """Python's switch interval while a service runs: how long another thread may hold the interpreter
 before the service's thread gets it. The default of 5 ms is longer than a step."""
 
-HAND_OVER_S = 1e-3
-"""The longest that a client's thread yields the interpreter after it has submitted, so that the
-service's thread can launch the prompt."""
+SUBMIT_YIELD_S = 1e-3
+"""The longest that a client's thread waits after it has submitted, in seconds, so that the thread
+of the service gets the interpreter and can launch the prompt."""
 
-FIRST_PIECE_S = 2e-4
-"""How long the service's thread yields the interpreter to the threads of clients that get a first
-piece. The next step is then already launched."""
+FIRST_PIECE_YIELD_S = 2e-4
+"""How long the service's thread sleeps, in seconds, after clients got a first piece, so that their
+threads get the interpreter. The next step is already launched then."""
 
-MAX_HANDED_OVER = 4
-"""The most clients to whom the service's thread itself passes pieces on after an iteration. Beyond
-that the next step could wait for it."""
+MAX_RECEIVERS = 4
+"""The most receivers (``Ticket.set_receiver``) that the service's thread calls after an iteration.
+More calls could delay the next step."""
 
 Piece = Delta | Score
 """A piece of an answer, or the score of a window."""
@@ -90,8 +90,8 @@ class Ticket:
         jobs: The answers, or the window to score.
         event: Set when something has arrived.
         n: Answers to each prompt, which follow each other in ``jobs``.
-        max_behind: The most bytes in the queue: the bytes of the text, 8 for a token, 16 for a
-            log-probability.
+        max_unread_bytes: The most bytes in the queue: the bytes of the text, 8 for a token, 16 for
+            a log-probability.
 
     Attributes:
         prompt_tokens: Tokens of the prompts or the window.
@@ -103,32 +103,33 @@ class Ticket:
         event: threading.Event | asyncio.Event,
         *,
         n: int = 1,
-        max_behind: int,
+        max_unread_bytes: int,
     ) -> None:
         self._jobs = tuple(jobs)
         self.prompt_tokens = sum(map(_n_given, self._jobs[::n]))
-        self._n_open, self._event, self._max_behind = len(self._jobs), event, max_behind
+        self._n_open, self._event, self._max_unread_bytes = len(self._jobs), event, max_unread_bytes
         self._pieces: deque[tuple[Piece, int]] = deque()  # each with its bytes
         self._n_put = self._n_taken = 0  # bytes; each is written by one side only
         self._error: HotloopError | None = None
-        self._pass_on: Callable[[], bool] | None = None
+        self._receive: Callable[[], bool] | None = None
 
     @property
     def done(self) -> bool:
         """Whether everything has been taken, or the error of a failed request has been raised."""
         return not (self._n_open or self._pieces or self._error)
 
-    def hand_over(self, pass_on: Callable[[], bool] | None) -> None:
-        """Has pieces taken in the service's thread as they arrive.
+    def set_receiver(self, receive: Callable[[], bool] | None) -> None:
+        """Sets a function that the service's thread calls when pieces arrive.
 
-        That takes a fraction of the time of waking another thread, which on a CPU the model lacks.
+        That takes a fraction of the time of waking the client's thread. On a CPU, it is time that
+        the model's threads lack.
 
         Args:
-            pass_on: Takes what has arrived, and returns whether the client need not be woken. It is
-                called in the service's thread, while more will arrive, and must neither wait nor
-                raise. None: the client is always woken.
+            receive: Takes the pieces that have arrived, and returns True if the client need not be
+                woken. It is not called for the last piece, and must neither wait nor raise. None:
+                the client is always woken.
         """
-        self._pass_on = pass_on
+        self._receive = receive
 
     def take(self) -> list[Piece]:
         """Takes what has arrived, in order, without waiting.
@@ -179,7 +180,7 @@ class Ticket:
         self._n_put += n_bytes
         self._pieces.append((piece, n_bytes))
         self._n_open -= is_last
-        return self._n_put - self._n_taken <= self._max_behind
+        return self._n_put - self._n_taken <= self._max_unread_bytes
 
     def _fail(self, error: HotloopError) -> None:
         self._error, self._n_open = error, 0
@@ -216,9 +217,9 @@ class Service:
 
     Args:
         llm: The engine. It stays open when the service closes.
-        max_queued: The most answers that may wait for a seat when a request comes.
-        max_behind: The most bytes in the queue of a ticket, which is cancelled beyond; see
-            ``Ticket``.
+        max_queued: The most answers that may wait for a seat when a request is submitted.
+        max_unread_bytes: The most bytes in the queue of a ticket; a ticket with more is cancelled.
+            See ``Ticket``.
         loop: The event loop that takes the pieces; None for threads.
 
     Raises:
@@ -230,20 +231,20 @@ class Service:
         llm: LLM,
         *,
         max_queued: int = MAX_QUEUED,
-        max_behind: int = MAX_BEHIND,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self._llm, self._loop, self._max_behind = llm, loop, max_behind
+        self._llm, self._loop, self._max_unread_bytes = llm, loop, max_unread_bytes
         self._most = llm.config.max_batch_size + max_queued
         self._max_queued = max_queued
         self._changed = threading.Condition()
-        self._inbox: deque[tuple[Ticket, bool]] = deque()  # and whether to cancel it
+        self._inbox: deque[tuple[Ticket, bool]] = deque()  # True: cancel the ticket
         self._tickets: dict[Job, Ticket] = {}  # of jobs that have not ended
-        self._n_jobs = 0  # those, and those in the inbox
+        self._n_jobs = 0  # jobs that have not ended, and jobs in the inbox
         self._closing = self._ending = self._closed = False
         self._error: HotloopError | None = None
         self._busy_since: float | None = None
-        self._launched = threading.Event()  # something, since the thread was last woken
+        self._launched = threading.Event()  # set by the first iteration after an idle time
         self._held: AbstractContextManager[None] = llm.held_by_service()
         self._held.__enter__()
         try:
@@ -393,7 +394,7 @@ class Service:
 
     def _add(self, jobs: Sequence[Job], n: int = 1) -> Ticket:
         event = threading.Event() if self._loop is None else asyncio.Event()
-        ticket = Ticket(jobs, event, n=n, max_behind=self._max_behind)
+        ticket = Ticket(jobs, event, n=n, max_unread_bytes=self._max_unread_bytes)
         with self._changed:
             if self._error is not None:
                 raise self._error
@@ -406,7 +407,7 @@ class Service:
             self._changed.notify()
             idle = self._busy_since is None
         if idle:
-            self._launched.wait(HAND_OVER_S)
+            self._launched.wait(SUBMIT_YIELD_S)
         return ticket
 
     # ------------------------------------------------------------------------------ the thread
@@ -422,10 +423,10 @@ class Service:
                 for job, delta in pieces:
                     self._deliver(job, delta, woken)
                 if self._wake(woken) and any(map(_is_first, pieces)):
-                    time.sleep(FIRST_PIECE_S)
+                    time.sleep(FIRST_PIECE_YIELD_S)
             self._take_inbox()
             self._end(None)
-        except BaseException as error:  # also a panic of a library in Rust, which is no Exception
+        except BaseException as error:  # a panic of a Rust library is no Exception
             failed = error if isinstance(error, HotloopError) else _engine_error(error)
             with self._changed:
                 self._error = failed
@@ -455,7 +456,7 @@ class Service:
         self._wake(woken)
 
     def _deliver(self, job: Job, delta: Delta | None, woken: dict[Ticket, None]) -> None:
-        """Appends a piece to its queue; cancels a client that is too far behind."""
+        """Appends a piece to its queue; cancels a ticket whose queue is full."""
         ticket = self._tickets.get(job)
         if ticket is None:  # another answer of its ticket has failed in this iteration
             return
@@ -468,7 +469,7 @@ class Service:
         if job.ended:
             self._forget(job)
         if not ticket._put(piece, is_last=job.ended) and not ticket._all_put:
-            self._fail(ticket, SlowClientError(self._max_behind))
+            self._fail(ticket, SlowClientError(self._max_unread_bytes))
 
     def _cancel(self, job: Job) -> None:
         """Cancels a job; for a prompt, its client gets a last piece that says so."""
@@ -495,16 +496,16 @@ class Service:
         return self._tickets.pop(job)
 
     def _wake(self, tickets: dict[Ticket, None]) -> bool:
-        """Passes pieces on, and wakes the clients of the other tickets: an event loop by one call.
+        """Calls the receivers of tickets, and wakes the clients of the other tickets.
 
         Returns:
             Whether a client was woken.
         """
-        few, events = len(tickets) <= MAX_HANDED_OVER, []
+        few, events = len(tickets) <= MAX_RECEIVERS, []
         for ticket in tickets:
-            pass_on = ticket._pass_on
+            receive = ticket._receive
             more_comes = ticket._n_open and ticket._error is None
-            if not (few and pass_on is not None and more_comes and pass_on()):
+            if not (few and receive is not None and more_comes and receive()):
                 events.append(ticket._event)
         if not events:
             return False
@@ -538,7 +539,7 @@ def _n_given(job: Job) -> int:
 
 
 def _n_bytes(piece: Piece) -> int:
-    """Returns the approximate size of a piece; a score counts as 0, since it is the only piece."""
+    """Returns the approximate bytes of a piece; 0 for a score, the only piece of its ticket."""
     if not isinstance(piece, Delta):
         return 0
     n_bytes = len(piece.text.encode()) + 8 * len(piece.token_ids)

@@ -43,8 +43,8 @@ from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
     DEFAULT_CACHE_BYTES,
     EXACT_CPU_CHUNK,
-    LEAST_PREFILL_CHUNK,
     MIN_DEFAULT_SEQ_LEN,
+    MIN_PREFILL_CHUNK,
     NESTED_DRAFTER,
     OWN_ENGINE,
     DType,
@@ -71,7 +71,7 @@ class Draft:
         names: The drafters, as ``types.drafters`` returns them.
         schemes: For a drafter that is the model under another scheme: the scheme of every matrix of
             which the drafter has a copy, by its name in a checkpoint. These are all projections,
-            and the head if to share the model's head would take longer. Empty for other drafters.
+            and the head if sharing the model's head would be slower. Empty for other drafters.
         nested: A drafter uses the high planes of the model's nested weights.
         setup: The setup of the draft model; None if no drafter needs one.
     """
@@ -269,7 +269,7 @@ def settle(config: EngineConfig) -> EngineConfig:
     if device.type == "cpu":
         dtype = str(_resolve_dtype(config, device)).removeprefix("torch.")
         known |= {"device": "cpu", "dtype": dtype}
-        known["prefill_chunk"] = config.prefill_chunk or LEAST_PREFILL_CHUNK
+        known["prefill_chunk"] = config.prefill_chunk or MIN_PREFILL_CHUNK
         if config.execution == "auto":
             known["execution"] = "eager"
     return dataclasses.replace(config, **known)
@@ -313,7 +313,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     chunk = config.prefill_chunk
     if chunk is None:
         local = model.local(shards[0])
-        chunk = prefill_chunk(local, device) if execution == "fused" else LEAST_PREFILL_CHUNK
+        chunk = prefill_chunk(local, device) if execution == "fused" else MIN_PREFILL_CHUNK
     setup = Setup(
         config=config,
         model=model,
@@ -366,11 +366,11 @@ def served_prefill_chunk(config: EngineConfig) -> int:
     With CPU kernels, prefixes of any length are reused with chunks of this size.
     """
     on_cpu = resolve_device(config.device).type == "cpu"
-    return EXACT_CPU_CHUNK if on_cpu else LEAST_PREFILL_CHUNK
+    return EXACT_CPU_CHUNK if on_cpu else MIN_PREFILL_CHUNK
 
 
 def _check_assumption(config: EngineConfig) -> None:
-    """Refuses an assumed acceptance for real weights: it would change their answers."""
+    """Refuses an assumed acceptance rate for real weights, whose answers it would change."""
     if config.assume_acceptance is None:
         return
     if config.draft == "none":
@@ -380,8 +380,8 @@ def _check_assumption(config: EngineConfig) -> None:
         )
     if config.weights != "random":
         raise ConfigError(
-            f"assume_acceptance {config.assume_acceptance:g} keeps drafts whatever they are, so "
-            "answers would be wrong: it is for random weights alone (--weights random)."
+            f"assume_acceptance {config.assume_acceptance:g} accepts drafts that the model would "
+            "reject, so answers would be wrong: use it only with random weights (--weights random)."
         )
 
 
@@ -403,7 +403,7 @@ def _canonical_draft(draft: str) -> str:
     """Joins the drafters, with the canonical names of their schemes.
 
     Raises:
-        ConfigError: There is no such scheme, or two drafters are the same or cannot be together.
+        ConfigError: There is no such scheme, or two drafters are the same or cannot be combined.
     """
     if draft == "none" or is_draft_model(draft):
         return draft
@@ -456,9 +456,9 @@ def _self_draft_schemes(
     )
     if scheme.name == "auto" or own >= models:
         raise ConfigError(
-            f"draft {of_draft!r} reads {own / 1e6:,.1f} MB of weights a token, and the model "
-            f"itself, under {config.quant}, {models / 1e6:,.1f} MB: such drafts save nothing. Give "
-            "a scheme of fewer bits, or the model one of more (--quant)."
+            f"draft {of_draft!r} reads {own / 1e6:,.1f} MB of weights per token, and the model "
+            f"itself, with quant {config.quant}, reads {models / 1e6:,.1f} MB: such drafts save no "
+            "time. Choose a scheme with fewer bits, or one with more for the model (--quant)."
         )
     own_head, models_head = (
         n_bytes(of, head, model.vocab_size, model.hidden_size) for of in (draft, schemes)
@@ -471,7 +471,7 @@ def _self_draft_schemes(
 def _check_nested(
     config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype
 ) -> None:
-    """Refuses to draft with high planes, if some weights have none."""
+    """Refuses to draft with the high planes of weights if some weights are not nested."""
     kinds = {
         schemes[names.layer(i, part.name)].format(matrix.k).kind
         for i, layer in enumerate(model.layers)
@@ -484,12 +484,13 @@ def _check_nested(
     fits = [size for size in GROUP_SIZES if all(k % size == 0 for k in widths)]
     fixes = [f"--quant int8-g{max(fits)}"] if fits else []
     copy = f"self-int4-g{max(fits)}" if fits else "self-int8"
-    with contextlib.suppress(ConfigError):  # under some schemes it would save nothing
+    with contextlib.suppress(ConfigError):  # with some schemes such drafts would save no time
         _self_draft_schemes(dataclasses.replace(config, draft=copy), model, schemes, dtype)
-        fixes.append(f"a scheme for weights that only draft, such as --draft {copy}")
+        fixes.append(f"a quantized copy of the model as the draft, such as --draft {copy}")
     raise ConfigError(
-        f"draft {NESTED_DRAFTER!r} is the high half of each weight of int8 in groups, and quant is "
-        f"{config.quant!r}: give {', or '.join(fixes) or 'another drafter, such as ngram'}."
+        f"draft {NESTED_DRAFTER!r} uses the high half of each int8 weight quantized in groups, but "
+        f"quant is {config.quant!r}: "
+        f"give {', or '.join(fixes) or 'another drafter, such as ngram'}."
     )
 
 
@@ -596,7 +597,7 @@ def find_device(config: EngineConfig) -> torch.device:
     """Resolves the device of rank 0, and checks that every rank here has one. Uses no GPU.
 
     Raises:
-        ConfigError: The device is not one, or one GPU where each rank needs its own.
+        ConfigError: The device's name is invalid, or names one GPU where each rank needs its own.
         UnsupportedError: There is no such device, or there are fewer GPUs than ranks.
     """
     n_here = ranks_here(config)
@@ -614,7 +615,10 @@ def find_device(config: EngineConfig) -> torch.device:
 
 
 def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
-    """Refuses a backend for another kind of device, or without ranks; ranks try it."""
+    """Refuses a backend for another kind of device, or with one rank.
+
+    Whether the backend works on this machine is found out by the ranks.
+    """
     backend = config.all_reduce
     if backend == "auto":
         return
@@ -643,9 +647,9 @@ def _check_permutations(
             for name in (names.layer(i, part.name) for part in matrix.parts):
                 if matrix.summed and schemes[name].format(matrix.k).permuted:
                     raise UnsupportedError(
-                        f"{name} has its input features in an order of its own (act-order), in "
-                        f"which tensor_parallel {config.tensor_parallel} cannot split them; only "
-                        "1 works."
+                        f"the input features of {name} are permuted (act-order), so "
+                        f"tensor_parallel {config.tensor_parallel} cannot split them over ranks: "
+                        "use tensor_parallel 1."
                     )
 
 
@@ -665,7 +669,7 @@ def _describe_model(
     else:
         if config.model in SHAPES and not Path(config.model).exists():
             raise ConfigError(
-                f"{config.model!r} is a built-in shape without weights: ask for random weights "
+                f"{config.model!r} is a built-in shape without weights: use random weights "
                 "(--weights random), or give the path of a checkpoint."
             )
         path = resolve_model(config.model)

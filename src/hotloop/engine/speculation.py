@@ -116,8 +116,8 @@ class SelfDrafter(Drafter):
     "Draft & Verify"); Zhao et al. 2024 ("QSpec") share a cache with drafts of another quantization.
 
     Args:
-        forward: The first layers of the target model and its head, or its twin: the model under
-            another scheme, or the high nibbles of its weights.
+        forward: The first layers of the target model and its head, or a copy of it under another
+            scheme, or the high planes of its weights.
         rows: The rows of the target model.
         sampler: The sampler of the target model.
     """

@@ -103,8 +103,8 @@ class Stepper:
         n_positions: Positions of the cache.
         captures: Whether programs become CUDA graphs.
         compiles: Whether the forward is compiled for each number of tokens.
-        indexes_seats: Attention kernels index the cache by seat and stop at each row's position.
-            Others get the length of cache to read, and the first seat if seats are in order.
+        indexes_seats: Attention kernels index the cache by seat and stop at each row's position. If
+            not, they get the length of cache to read, and the first seat if seats are in order.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Stepper:
                     self._graphs.make(program, partial(run, program), self._state)
         elif self._compiles:
             for k in sorted({k for k, _, _ in kinds}):
-                # On a CPU, a step for which no drafts are found would compile that of no drafts.
+                # Includes k = 0: on a CPU, a step for which no drafts are found runs that program.
                 if (size := (n, k, reads[0])) not in self._compiled:
                     program = _Program("forward", n, k, *reads)
                     self._forward(program, self._inputs(program))
@@ -234,7 +234,7 @@ class Stepper:
         n_steps: int = 1,
         drafter: int = 0,
     ) -> Mapping[str, tuple[_Program, Callable[[_Program], Any]]]:
-        """Returns the programs of a kind of step, by part, and what runs each.
+        """Returns the programs of a kind of step by part, each with the function that runs it.
 
         Args:
             n: Rows to compute.

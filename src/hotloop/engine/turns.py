@@ -21,12 +21,12 @@ Piece = tuple[Job, Delta | None]
 
 
 class Stream:
-    """Jobs that end together, if they are left, and their pieces that have not been taken.
+    """Jobs that are cancelled together, and their pieces that have not been taken.
 
     Attributes:
         jobs: Its jobs that have not ended.
         pieces: The pieces.
-        error: What ended it early; None if nothing did.
+        error: The error that ended it early; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Stream:
 
     @property
     def ready(self) -> bool:
-        """Whether ``Turns.next`` need not iterate."""
+        """Whether ``Turns.next`` can return without running an iteration of the scheduler."""
         return bool(self.pieces) or not self.jobs or self.error is not None
 
 
@@ -56,8 +56,8 @@ class Turns:
         self._turn_ended = threading.Condition()
         self._taken = False
         self._streams: dict[Job, Stream] = {}
-        # A garbage collection, which may run in the middle of anything, can end a stream. It only
-        # appends here; the thread that has the scheduler cancels.
+        # Streams that the garbage collector ended. It can run at any point of any thread, so it
+        # only appends here; the thread that has the scheduler cancels their jobs.
         self._left: deque[Stream] = deque()
 
     @contextmanager
@@ -106,11 +106,11 @@ class Turns:
         return stream
 
     def add(self, stream: Stream, job: Job) -> None:
-        """Submits another job to a stream that has not been left.
+        """Submits another job to a stream that has not been abandoned.
 
         Raises:
             RequestError: A service has the scheduler.
-            Exception: What ended the stream early.
+            Exception: The error that ended the stream early.
         """
         with self.exclusive():
             self.check_not_held()
@@ -148,7 +148,7 @@ class Turns:
             self._cancel_left()
 
     def fail(self, error: Exception) -> None:
-        """Ends all streams with an error. The caller has the scheduler (``exclusive``)."""
+        """Ends all streams with an error. The caller must hold the scheduler (``exclusive``)."""
         streams = dict.fromkeys(self._streams.values())
         self._cancel(streams)
         for stream in streams:
@@ -156,7 +156,7 @@ class Turns:
 
     @contextmanager
     def exclusive(self) -> Generator[None]:
-        """Waits until nobody uses the scheduler, and keeps it for the ``with`` block."""
+        """Acquires the scheduler for the ``with`` block, when no stream or service uses it."""
         self._take()
         try:
             yield
@@ -177,7 +177,7 @@ class Turns:
                 del self._streams[job]
 
     def _take(self, stream: Stream | None = None) -> bool:
-        """Waits for the scheduler and takes it; False if the stream is ready first."""
+        """Waits for the scheduler and acquires it; False if the stream is ready first."""
         with self._turn_ended:
             while self._taken and not (stream is not None and stream.ready):
                 self._turn_ended.wait()

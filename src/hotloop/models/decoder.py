@@ -211,9 +211,9 @@ class Decoder(nn.Module):
         n_head_rows: Rows of the head: the whole vocabulary, or this rank's share of it.
         all_reduce: Sums the result of a row-parallel projection over ranks; a single rank returns
             it as it is.
-        twin: A decoder of the same shape, with which this decoder shares embedding, norms and rope
-            tables. Only its matrices are its own.
-        shares_head: This decoder shares the twin's head as well.
+        target: If this is the decoder of a drafter, the decoder of the model that it drafts for. It
+            has the same shape, and this decoder uses its embedding, norms and rope tables.
+        shares_head: This decoder uses the target's head as well.
     """
 
     def __init__(
@@ -225,27 +225,27 @@ class Decoder(nn.Module):
         device: torch.device,
         n_head_rows: int | None = None,
         all_reduce: Callable[[Tensor], Tensor] = _unchanged,
-        twin: Decoder | None = None,
+        target: Decoder | None = None,
         shares_head: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             Block(layer, attention=attention, all_reduce=all_reduce) for layer in config.layers
         )
-        if twin is None:
+        if target is None:
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         else:
-            self.embedding, self.norm = twin.embedding, twin.norm
-            for block, theirs in zip(self.blocks, twin.blocks, strict=True):
+            self.embedding, self.norm = target.embedding, target.norm
+            for block, theirs in zip(self.blocks, target.blocks, strict=True):
                 block.share_norms(theirs)
-        if twin is not None and shares_head:
-            self.head = twin.head
+        if target is not None and shares_head:
+            self.head = target.head
         else:
             self.head = Linear(n_head_rows or config.vocab_size, config.hidden_size)
         self.device = device
         for i, (head_dim, rope) in enumerate(config.tables):
-            tables = rope_tables(head_dim, n_positions, rope) if twin is None else twin.table(i)
+            tables = rope_tables(head_dim, n_positions, rope) if target is None else target.table(i)
             for name, table in zip(("cos", "sin"), tables, strict=True):
                 self.register_buffer(f"{name}{i}", table.to(device), persistent=False)
         self._table_of = [
@@ -267,15 +267,15 @@ class Decoder(nn.Module):
         """Returns the i-th of the model's rope tables, as ``rope`` does."""
         return getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
 
-    def share_high_planes(self, twin: Decoder) -> None:
-        """Takes the high planes of the twin's nested matrices, after these have been assigned."""
-        for block, theirs in zip(self.blocks, twin.blocks, strict=True):
+    def share_high_planes(self, target: Decoder) -> None:
+        """Uses the high planes of the target's nested matrices, once these have been assigned."""
+        for block, theirs in zip(self.blocks, target.blocks, strict=True):
             for name, linear in block.linears.items():
                 linear.share_high_plane(theirs.linears[name])
 
-    def share_biases(self, twin: Decoder) -> None:
-        """Takes the biases of the twin. Both decoders must have their weights."""
-        for block, theirs in zip(self.blocks, twin.blocks, strict=True):
+    def share_biases(self, target: Decoder) -> None:
+        """Uses the biases of the target. Both decoders must have their weights."""
+        for block, theirs in zip(self.blocks, target.blocks, strict=True):
             for name, linear in block.linears.items():
                 linear.bias = theirs.linears[name].bias
 

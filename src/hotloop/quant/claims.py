@@ -507,7 +507,7 @@ def _is_named(name: str, modules: list[str]) -> bool:
     return any(f".{module.strip('.')}." in f".{name}." for module in modules)
 
 
-_MOST_REPEATS = 6
+_MAX_REPEATS = 6
 _NESTED = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 
 
@@ -524,7 +524,7 @@ def _matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
     """
     repeats = len(re.findall(r"[*+{]", pattern))
     try:
-        if repeats > _MOST_REPEATS or _NESTED.search(pattern):
+        if repeats > _MAX_REPEATS or _NESTED.search(pattern):
             raise UnsupportedError(
                 f"the pattern {shorten_value(pattern)} of the quantization repeats too much to be "
                 "matched safely."

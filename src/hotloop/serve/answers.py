@@ -321,11 +321,11 @@ class _Body:
             make: Takes that, and makes the part of the stream.
         """
         self._direct = self._state[DIRECT_BODY]()
-        ticket.hand_over(partial(self._write_directly, make))
+        ticket.set_receiver(partial(self._write_directly, make))
         try:
             yield
         finally:
-            ticket.hand_over(None)
+            ticket.set_receiver(None)
             with self._lock:
                 direct, self._direct = self._direct, None
             if direct is not None:

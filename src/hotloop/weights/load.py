@@ -1,16 +1,17 @@
 """Loads a decoder from a source of weights: reads, quantizes, slices, joins, packs and assigns.
 
 It loads the weights that the layers' configurations declare. With several ranks, each loads its
-slices and the whole embedding: to look rows up reads few bytes, and a tied head is a slice of the
+slices and the whole embedding: looking up rows reads few bytes, and a tied head is a slice of the
 embedding.
 
 Weights are streamed: a few rows of a matrix are read, decoded or quantized, and packed, while the
-next rows are being read. Beside the model, only these rows, rows that were read ahead, and parts of
-a projection that must be packed together are in memory. ``benchmarks/load_memory.py`` measures it.
+next rows are being read. Besides the model, only these rows, rows that were read ahead, and parts
+of a projection that must be packed together are in memory. ``benchmarks/load_memory.py`` measures
+the peak.
 
-A drafter that is the model under another scheme (``Twin``) is loaded in the same pass: the rows of
-a matrix are read once, and the model's quantized rows are quantized again for the drafter, which
-should predict the quantized model. Both are packed in step.
+A drafter that is the model under another scheme (``SelfDraft``) is loaded in the same pass: the
+rows of a matrix are read once, and the model's quantized rows are quantized again for the drafter,
+which should predict the quantized model. Packing alternates between the two.
 """
 
 from __future__ import annotations
@@ -41,12 +42,11 @@ OnLayer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twin:
+class SelfDraft:
     """A drafter that is the model under another scheme, to load beside the model.
 
     Attributes:
-        decoder: Its decoder without weights. It is the twin of the model's decoder, whose biases it
-            takes later.
+        decoder: Its decoder, without weights. Biases are not loaded: it shares those of the model.
         schemes: The scheme of every matrix of which it has a copy, by name: all projections, and
             the head if it does not share the model's.
         reduce_max: See ``CheckpointSource``.
@@ -70,7 +70,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     fused: bool = False,
-    twin: Twin | None = None,
+    draft: SelfDraft | None = None,
     on_layer: OnLayer | None = None,
 ) -> None:
     """Assigns every weight of ``decoder``.
@@ -86,7 +86,7 @@ def load_weights(
         dtype: Element type of activations and unquantized weights.
         device: The device of the model.
         fused: The model runs the fused step.
-        twin: A drafter to load in the same pass.
+        draft: A drafter to load in the same pass.
         on_layer: Called with (layers done, layers in all).
 
     Raises:
@@ -94,12 +94,12 @@ def load_weights(
         ConfigError: A scheme does not fit the shape of a matrix.
         PackingError: A packed weight differs from the weight that was read.
     """
-    loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused, twin)
+    loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused, draft)
     with source.read_ahead(loader.requests):
         loader.load_embeddings(decoder)
         decoder.norm.weight = loader.tensor(f"{names.NORM}.weight", config.hidden_size)
         for i, block in enumerate(decoder.blocks):
-            loader.load_layer(block, None if twin is None else twin.decoder.blocks[i], i)
+            loader.load_layer(block, None if draft is None else draft.decoder.blocks[i], i)
             if on_layer:
                 on_layer(i + 1, config.n_layers)
     source.finish()
@@ -123,7 +123,7 @@ class _Loader:
     dtype: torch.dtype
     device: torch.device
     fused: bool
-    twin: Twin | None
+    draft: SelfDraft | None
     packed: list[tuple[str, Linear]] = field(default_factory=list)
 
     @property
@@ -211,7 +211,7 @@ class _Loader:
                 linear = getattr(module, matrix.name)
                 packing = [self._packing(linear, parts, bias(matrix), name)]
                 for of_draft in drafts:
-                    assert draft is not None, "a drafter's rows without one"
+                    assert draft is not None, "rows for a drafter, and there is no drafter"
                     linear, of_drafter = draft.linears[matrix.name], f"{name} of the drafter"
                     packing.append(self._packing(linear, of_draft, None, of_drafter))
                 in_step(*packing)
@@ -222,11 +222,11 @@ class _Loader:
     def _streams(self, request: Request) -> list[RowStream]:
         """Returns the rows of a matrix, and the drafter's rows if it has a copy."""
         pieces = map(self._typed, self.source.pieces(request))
-        if self.twin is None or request.name not in self.twin.schemes:
+        if self.draft is None or request.name not in self.draft.schemes:
             return [RowStream(pieces, request.n, request.format)]
-        of_draft = replace(request, scheme=self.twin.schemes[request.name])
-        reduce_max = None if request.columns is None else self.twin.reduce_max
-        importance = self.twin.importance
+        of_draft = replace(request, scheme=self.draft.schemes[request.name])
+        reduce_max = None if request.columns is None else self.draft.reduce_max
+        importance = self.draft.importance
 
         def requantized(rows: Tensor | QTensor) -> Tensor | QTensor:
             dense = rows.dequantize() if isinstance(rows, QTensor) else rows
@@ -272,11 +272,11 @@ class _Loader:
         stream, *drafts = self._streams(self._head_request)
         self._load_embeddings(decoder, stream)
         for of_draft in drafts:
-            assert self.twin is not None, "a drafter's rows without one"
+            assert self.draft is not None, "rows for a drafter, and there is no drafter"
             head = of_draft.take(of_draft.n)
             if self.config.tie_embeddings:  # all rows came
                 head = cut(head, slice(rows.start, rows.stop), None)
-            self._assign_head(self.twin.decoder.head, head)
+            self._assign_head(self.draft.decoder.head, head)
 
     def _load_embeddings(self, decoder: Decoder, stream: RowStream) -> None:
         """Assigns the embedding, and this rank's rows of the head, from the rows of ``stream``."""

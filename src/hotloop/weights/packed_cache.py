@@ -49,7 +49,7 @@ CHUNK_BYTES = 16 * 2**20
 _BYTES_AHEAD = 4 * CHUNK_BYTES
 _FOOTER = b"hotloop packed 1"
 _FOOTER_BYTES = 8 + 32 + len(_FOOTER)
-_MOST_INDEX_BYTES = 10**8
+_MAX_INDEX_BYTES = 10**8
 _ALIGNMENT = 4096
 _ABANDONED_S = 3600.0
 _SETTLED_S = 2.0
@@ -346,7 +346,7 @@ def _read_index(file: TensorFile) -> _Index:
         raise _DamagedError
     footer = file.read(file.n_bytes - _FOOTER_BYTES, _FOOTER_BYTES).numpy().tobytes()
     n_bytes = int.from_bytes(footer[:8], "little")
-    if footer[40:] != _FOOTER or n_bytes > min(file.n_bytes - _FOOTER_BYTES, _MOST_INDEX_BYTES):
+    if footer[40:] != _FOOTER or n_bytes > min(file.n_bytes - _FOOTER_BYTES, _MAX_INDEX_BYTES):
         raise _DamagedError
     text = file.read(file.n_bytes - _FOOTER_BYTES - n_bytes, n_bytes).numpy().tobytes()
     if hashlib.sha256(text).digest() != footer[8:40]:

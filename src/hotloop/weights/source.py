@@ -37,7 +37,7 @@ from hotloop.weights.recognition import FLOATS, Recognized, StoredMatrices
 from hotloop.weights.safetensors import DTYPES
 from hotloop.weights.tensor_file import row_chunks
 
-MOST_BYTES_AHEAD = 64 * 2**20
+MAX_BYTES_AHEAD = 64 * 2**20
 """The most bytes that are read ahead."""
 
 INITIAL_STD = 0.02
@@ -52,7 +52,7 @@ Importance = Mapping[str, Tensor]
 """The weights of squared errors, by name of the matrix: the mean square of each input feature, [K].
 ``weights.calibration`` collects them for calibrated schemes."""
 
-_MOST_BIAS_BYTES = 2**24
+_MAX_BIAS_BYTES = 2**24
 
 _VALUES_OF_PIECE = {"cpu": 2**20, "cuda": 2**24}
 """Values of a matrix that are made at once: on a CPU few enough for caches, on a GPU enough to fill
@@ -252,7 +252,7 @@ class CheckpointSource:
 
         largest = max((info.n_bytes for info in self.checkpoint.tensors.values()), default=0)
         self._announced = deque(requests)
-        limit = min(largest // 2, MOST_BYTES_AHEAD)
+        limit = min(largest // 2, MAX_BYTES_AHEAD)
         self._ahead = ReadAhead(jobs(), lambda read: read.n_bytes, limit)
         try:
             yield
@@ -314,7 +314,7 @@ class CheckpointSource:
         if self.model is not None and names.is_redundant(self.model, name):
             return True
         info = self.checkpoint.tensors[name]
-        if not name.endswith(".bias") or len(info.shape) != 1 or info.n_bytes > _MOST_BIAS_BYTES:
+        if not name.endswith(".bias") or len(info.shape) != 1 or info.n_bytes > _MAX_BIAS_BYTES:
             return False
         return not self.checkpoint.read(name).any()
 

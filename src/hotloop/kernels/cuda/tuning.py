@@ -44,7 +44,7 @@ INT4_STAGES = 3
 gain nothing, because dequantizing takes longer than loading from L2, and would delay the loads of
 other kernels."""
 
-LEAST_SHARED_BYTES = 96 * 1024
+MIN_SHARED_BYTES = 96 * 1024
 """Shared memory of a block that every supported device has, less a few KB for x."""
 
 MIN_RING_BYTES = 48 * 1024
@@ -228,7 +228,7 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
     copied = warps * units * form.fragment_bytes
     # Two stages, partial sums, and the sums of eight rows of x over each group.
     least = (2 * form.unit_bytes + 1024) * warps + 32 * form.k // (form.group_size or form.k)
-    unfit = copied > STAGE_BYTES or units_of_warp % units > 0 or least > LEAST_SHARED_BYTES
+    unfit = copied > STAGE_BYTES or units_of_warp % units > 0 or least > MIN_SHARED_BYTES
     return unfit, warps * units_of_warp - form.units, -copied
 
 
