@@ -107,9 +107,9 @@ def test_a_drafters_copies_are_calibrated_for_the_weights_that_the_model_has(tmp
     assert llm.config.draft == "self-int4-g32-cal"
     assert runs == ["run"]
     importance = importance_of(path)[DOWN]
-    decoder, twin = llm._runner._model.decoder, llm._runner._model.twin
+    decoder, draft = llm._runner._model.decoder, llm._runner._model.draft_decoder
     weight = decoder.blocks[1].linears["down_proj"].packed[0]
-    drafts = twin.blocks[1].linears["down_proj"]
+    drafts = draft.blocks[1].linears["down_proj"]
     expected = parse_scheme("int4-g32-cal").quantize(weight, importance=importance)
     assert torch.equal(drafts.kernel._dequantize(*drafts.packed), expected.dequantize())
 

@@ -22,7 +22,7 @@ from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.weights.calibration import importance_for
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.identity import read_quantization
-from hotloop.weights.load import Twin, load_weights
+from hotloop.weights.load import SelfDraft, load_weights
 from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import CheckpointSource, Source, schemes_by_name
 
@@ -187,7 +187,7 @@ def load_from(
     draft: str | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """``draft`` is the scheme of a drafter, which becomes the decoder's ``twin``."""
+    """``draft`` is the scheme of a drafter, which becomes the decoder's ``draft_decoder``."""
     scheme = parse_scheme(quant)
     stored = {} if checkpoint is None else recognize_matrices(checkpoint, model)
     schemes = schemes_by_name(model, scheme, parse_head_scheme(head, scheme), stored)
@@ -199,18 +199,18 @@ def load_from(
         device=CPU,
         n_head_rows=len(shard.vocabulary),
     )
-    beside = None
+    self_draft = None
     if draft is not None:
-        decoder.twin = Decoder(
+        decoder.draft_decoder = Decoder(
             model.local(shard),
             n_positions=8,
             attention=torch_attention,
             device=CPU,
             n_head_rows=len(shard.vocabulary),
-            twin=decoder,
+            target=decoder,
         )
         drafts = schemes_by_name(model, parse_scheme(draft), parse_scheme("int8"))
-        beside = Twin(decoder=decoder.twin, schemes=drafts, reduce_max=group.max)
+        self_draft = SelfDraft(decoder=decoder.draft_decoder, schemes=drafts, reduce_max=group.max)
     try:
         load_weights(
             decoder,
@@ -222,7 +222,7 @@ def load_from(
             dtype=dtype,
             device=CPU,
             fused=fused,
-            twin=beside,
+            draft=self_draft,
             on_layer=on_layer,
         )
     finally:
