@@ -82,7 +82,7 @@ class QueueFullError(HotloopError):
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        super().__init__(f"{limit} requests are waiting, and no more may: try again later.")
+        super().__init__(f"the queue is full: {limit} requests are waiting. Try again later.")
 
 
 class SlowClientError(HotloopError):
@@ -107,7 +107,7 @@ class ServiceClosedError(HotloopError):
 
 
 class NumericsError(HotloopError):
-    """A step's logits are not finite, so that no next token can be chosen.
+    """A step's logits are not finite, so no next token can be chosen.
 
     Args:
         index: Index of the prompt in the call.
@@ -125,7 +125,7 @@ class NumericsError(HotloopError):
 
 
 class GrammarError(HotloopError):
-    """A grammar became too costly in the middle of an answer, and the answer was ended.
+    """A grammar became too costly in the middle of an answer, which ended the answer.
 
     Args:
         index: Index of the prompt in the call.
@@ -170,9 +170,9 @@ class PackingError(HotloopError):
     def __init__(self, tensor: str, kernel: str, number_format: str) -> None:
         self.tensor, self.kernel, self.number_format = tensor, kernel, number_format
         super().__init__(
-            f"{shorten(tensor)}: as packed for the kernel {kernel}, the weight ({number_format}) "
-            "holds other numbers than before. It was not used. This is a fault of hotloop, not of "
-            "the checkpoint: please report it with this message."
+            f"{shorten(tensor)}: packing the weight ({number_format}) for the kernel {kernel} "
+            "changed its values. The weight was not used. This is a bug of hotloop, and the "
+            "checkpoint is not damaged: please report it with this message."
         )
 
 
@@ -200,8 +200,8 @@ class OutOfMemoryError(HotloopError):
         needed = f", needed {needed_bytes / 2**30:.2f} GiB" if needed_bytes is not None else ""
         free = f", free {free_bytes / 2**30:.2f} GiB" if free_bytes is not None else ""
         super().__init__(
-            f"out of memory in {phase}{needed}{free}. Use a smaller quantization, a shorter "
-            "max_seq_len or a smaller max_batch_size."
+            f"out of memory in {phase}{needed}{free}. Use a quantization with fewer bits, a "
+            "shorter max_seq_len or a smaller max_batch_size."
         )
 
 

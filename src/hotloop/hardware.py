@@ -5,7 +5,7 @@ the device. This module measures it, on CPUs and GPUs, and quotes the vendor's f
 is known. :func:`provenance` collects the facts that are needed to judge or to repeat a measurement,
 and leaves out facts that identify a person or a host.
 
-Nothing here changes the machine: no clocks are locked and no power limits set.
+Nothing here changes the machine: it locks no clocks and sets no power limits.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ GB = 1e9
 
 DATASHEET_BYTES_PER_S = {
     # From vendors' datasheets and product pages, by the name that the driver reports, without
-    # "NVIDIA ", "Tesla " and "GeForce ". Exact names only: a laptop part or a MIG slice whose name
-    # begins alike has another bandwidth.
+    # "NVIDIA ", "Tesla " and "GeForce ". Names must match exactly: a laptop GPU or a MIG slice
+    # whose name begins with one of these has another bandwidth.
     "V100-SXM2-16GB": 900 * GB,
     "V100-SXM2-32GB": 900 * GB,
     "V100-PCIE-16GB": 900 * GB,
@@ -185,7 +185,7 @@ _OUT_OF_MEMORY = (
 )
 
 
-def shortage_of_memory(error: BaseException) -> BaseException | None:
+def find_out_of_memory(error: BaseException) -> BaseException | None:
     """Finds the out-of-memory error among an error and its causes; None if there is none.
 
     Libraries raise their own types for it, often a plain RuntimeError, and compilers wrap them.
@@ -198,7 +198,7 @@ def shortage_of_memory(error: BaseException) -> BaseException | None:
     return None
 
 
-def bytes_asked_for(shortage: BaseException) -> int | None:
+def requested_bytes(shortage: BaseException) -> int | None:
     """Returns the bytes of a failed allocation, if an out-of-memory error names them."""
     found = re.search(
         r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(shortage), re.IGNORECASE
@@ -231,8 +231,9 @@ def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) ->
     size = min(max(floor, 8 * cache), free_bytes(device) // 4) // 8 * 8
     if size < 2 * cache:
         raise UnsupportedError(
-            f"measuring the read bandwidth of {device} needs {8 * cache / 2**20:.0f} MiB free, "
-            f"four times its buffer at least, and {free_bytes(device) / 2**20:.0f} MiB are."
+            f"measuring the read bandwidth of {device} needs {8 * cache / 2**20:.0f} MiB of free "
+            f"memory, four times its smallest buffer, but only "
+            f"{free_bytes(device) / 2**20:.0f} MiB are free: close other programs."
         )
     if device.type == "cpu":
         # numpy requests huge pages, and torch does not; small ones cost up to a tenth.

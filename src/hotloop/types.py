@@ -41,14 +41,15 @@ Execution = Literal["auto", StepExecution]
 """Execution mode as a user asks for it: ``auto`` is ``fused`` where that runs, else ``eager``."""
 
 WeightSource = Literal["checkpoint", "random"]
-"""Source of weights. ``random`` needs only the model's shape: for speed and fit."""
+"""Source of weights. ``random`` needs only the model's shape; it serves to measure speed and fit.
+"""
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Element type of activations and of unquantized weights. ``auto`` lets the device decide."""
 
 AllReduce = Literal["auto", "nccl", "symm_mem", "gloo", "shm"]
-"""All-reduce backend. On GPUs: NCCL, or for small sums symmetric memory (``symm_mem``), through
-which ranks read each other's parts; ``auto`` is ``symm_mem`` where that works, else ``nccl``. On
+"""All-reduce backend. On GPUs: NCCL, or for small tensors symmetric memory (``symm_mem``), through
+which ranks read each other's addends; ``auto`` is ``symm_mem`` where that works, else ``nccl``. On
 CPUs: gloo, or memory that the ranks of one machine share (``shm``); ``auto`` is ``shm`` where that
 works, else ``gloo``."""
 
@@ -69,13 +70,13 @@ PrefixCache = Literal["auto", PrefixReuse]
 """Prefix reuse as a user asks for it: ``auto`` is ``tokens`` in a chat, else ``none``."""
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
-"""The end of a generation: end-of-sequence token, stop string, token limit, or cancellation."""
+"""Why a generation ended: end-of-sequence token, stop string, token limit, or cancellation."""
 
 DEFAULT_CACHE_BYTES = 2**30
 """Bytes of KV cache that limit the default context."""
 
 MIN_DEFAULT_SEQ_LEN = 4096
-"""The fewest tokens of the default context, if the model's context is not shorter."""
+"""The minimum of the default context, in tokens, unless the model's own context is shorter."""
 
 DEFAULT_NEW_TOKENS = 256
 """The most tokens of an answer if neither the caller nor the model's generation config sets a
@@ -92,8 +93,8 @@ MIN_PREFILL_CHUNK, MAX_PREFILL_CHUNK = 512, 8192
 maximum, which is reduced if the device's memory is too small."""
 
 EXACT_CPU_CHUNK = 64
-"""The longest chunk for which CPU kernels compute the bits of decode steps: PyTorch's attention is
-faster for more tokens."""
+"""The longest chunk whose tokens get the same bits from CPU kernels as in decode steps. Longer
+chunks use PyTorch's attention, which is faster for them."""
 
 MAX_DELTA_LN_PPL = 0.02
 """Increase of ln perplexity that a recommendation tolerates by default: 2 % more perplexity."""
@@ -113,7 +114,7 @@ MAX_LOGPROBS = 20
 
 
 NESTED_DRAFTER = "self"
-"""The drafter that uses the high nibbles of the model's own weights."""
+"""The drafter that uses the high planes of the model's own weights (``reference.split_planes``)."""
 
 
 def exit_layers(draft: str) -> int | None:
@@ -151,14 +152,14 @@ def _needs_no_model(drafter: str) -> bool:
 
 
 def is_draft_model(draft: str) -> bool:
-    """Tells whether a value of ``EngineConfig.draft`` names a draft model."""
+    """Returns whether a value of ``EngineConfig.draft`` names a draft model."""
     return not all(map(_needs_no_model, drafters(draft)))
 
 
 def draft_name(
     draft: str, quant: str, n_tokens: int, policy: str, assumed: float | None = None
 ) -> str:
-    """Returns the name of a way of drafting, such as ``ngram-4`` or ``llama-2-13b:int4-g128-4``.
+    """Returns the name of a drafting configuration, such as ``ngram-4`` or ``llama-2-13b:int8-4``.
 
     The arguments are the fields ``draft``, ``draft_quant``, ``draft_tokens``, ``draft_policy`` and
     ``assume_acceptance`` of ``EngineConfig``.
@@ -439,7 +440,7 @@ class EngineConfig:
 
     @property
     def draft_name(self) -> str:
-        """The name of the way of drafting; see :func:`draft_name`."""
+        """The name of the drafting configuration; see :func:`draft_name`."""
         drafting = self.draft, self.draft_quant, self.draft_tokens, self.draft_policy
         return draft_name(*drafting, self.assume_acceptance)
 
@@ -518,21 +519,21 @@ class SamplingParams:
             strings still end the answer.
         n: Answers to each prompt. Answer i is drawn with the seed + i; without a seed each answer
             has a fresh one.
-        temperature: 0 takes the most likely token, always.
+        temperature: Divides the logits; 0 always takes the most likely token.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the fewest most likely tokens whose probabilities reach this sum.
         min_p: Keep tokens at least this fraction as likely as the most likely one.
         repetition_penalty: Divides positive and multiplies negative logits of tokens that are
             already in the prompt or the answer (Keskar et al. 2019, CTRL); 1 does nothing.
-        presence_penalty: Is subtracted from the logits of tokens that are in the answer.
-        frequency_penalty: Is subtracted from a token's logit once for each time that the token is
-            in the answer.
+        presence_penalty: A number that is subtracted from the logits of tokens in the answer.
+        frequency_penalty: A number that is subtracted from a token's logit once for each time that
+            the token is in the answer.
         logit_bias: Pairs, or a mapping, of token ids and numbers that are added to their logits;
             -100 in effect bans a token.
         seed: Seed of the draw; None takes a fresh one.
         stop: A string that ends the answer, or several. Neither a stop string nor a part of one is
             ever emitted.
-        ignore_eos: Go on past end-of-sequence tokens (timed runs do).
+        ignore_eos: Continue after end-of-sequence tokens, as timed runs do.
         logprobs: Return the log-probability of each token, and the log-probabilities of this many
             most likely tokens at its position, by the model's distribution before any of the
             options above; None returns neither.
@@ -928,7 +929,11 @@ class Engine(Protocol):
     """
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
-        """Answers every prompt, in order. Raises RequestError for one that cannot be served."""
+        """Answers every prompt, in order.
+
+        Raises:
+            RequestError: A prompt cannot be served.
+        """
         ...
 
     def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
@@ -948,5 +953,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees the device. The engine cannot be used afterwards."""
+        """Frees the memory on the device. The engine cannot be used afterwards."""
         ...

@@ -70,7 +70,7 @@ def test_number_formats_that_the_fused_step_cannot_hold_are_named():
         ([four], None),
         ([four, eight], None),
         ([four, sorted_], None),
-        ([four, odd], "it holds groups of a multiple of 16, not 8 (qkv_proj)"),
+        ([four, odd], "it supports only groups of a multiple of 16, not 8 (qkv_proj)"),
     ):
         matrices = [("qkv_proj", pieces)]
         said = fused.unsupported_reason(model, matrices, torch.bfloat16, 1)

@@ -10,7 +10,7 @@ import torch
 
 from hotloop import hardware
 from hotloop.errors import ConfigError, UnsupportedError
-from hotloop.hardware import bytes_asked_for, shortage_of_memory
+from hotloop.hardware import find_out_of_memory, requested_bytes
 from hotloop.kernels.cuda.launch import LaunchError
 
 CPU = torch.device("cpu")
@@ -241,12 +241,12 @@ def test_provenance_of_a_gpu_holds_driver_and_clocks():
 def test_memory_that_was_short_is_recognized_however_it_is_put(error, asked_for):
     wrapped = ValueError("a compiler wraps it")
     wrapped.__cause__ = error
-    assert shortage_of_memory(error) is shortage_of_memory(wrapped) is error
-    assert bytes_asked_for(error) == asked_for
+    assert find_out_of_memory(error) is find_out_of_memory(wrapped) is error
+    assert requested_bytes(error) == asked_for
 
 
 def test_other_errors_are_not_taken_for_a_want_of_memory():
-    assert shortage_of_memory(RuntimeError("CUDA error: an illegal memory access")) is None
+    assert find_out_of_memory(RuntimeError("CUDA error: an illegal memory access")) is None
 
 
 def test_circumstances_do_not_depend_on_what_a_process_has_imported(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_the_fused_step_holds_other_formats_exactly(name, paired):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("int4-g24", "holds groups of a multiple of 16, not 24"),
+        ("int4-g24", "supports only groups of a multiple of 16, not 24"),
     ],
 )
 def test_the_fused_step_says_what_it_cannot_hold(name, reason):

@@ -474,7 +474,7 @@ def test_what_our_kernel_does_not_hold_is_dequantized_with_the_reason():
     weight = number_formats.weight("int4", 48, 60, group=12, scale=torch.float16)
     spec = LinearSpec(format=weight.format, n=48, k=60, dtype=torch.bfloat16, device="cpu")
     kernel, (not_used, instead) = choose_linear(spec)
-    assert not_used == "int4/cpu not used: holds groups of a multiple of 8, not 12"
+    assert not_used == "int4/cpu not used: supports only groups of a multiple of 8, not 12"
     assert instead.startswith("int4/dequantized is used instead, and is slow")
     x = normal(3, 60, dtype=torch.bfloat16)
     expected = F.linear(x, weight.dequantize(torch.bfloat16))
@@ -486,5 +486,5 @@ def test_the_fused_step_refuses_what_it_cannot_hold_exactly():
     spec = LinearSpec(
         format=weight.format, n=16, k=240, dtype=torch.bfloat16, device="cuda", fused=True
     )
-    with pytest.raises(AssertionError, match="holds groups of a multiple of 16, not 24"):
+    with pytest.raises(AssertionError, match="supports only groups of a multiple of 16, not 24"):
         choose_linear(spec)

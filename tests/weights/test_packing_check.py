@@ -245,10 +245,10 @@ def test_loading_names_the_tensors_the_kernel_and_the_format(tmp_path, monkeypat
     with_faulty_packer(monkeypatch, after=1)  # layer 0: q, k and v as one, then o
     with pytest.raises(PackingError) as failed:
         load(folder, quant="int4-g32", dtype=F32)
-    expected = "model.layers.0.self_attn.o_proj: as packed for the kernel int4/dequantized"
+    expected = "model.layers.0.self_attn.o_proj: packing the weight (int4, bfloat16 scale per"
     assert str(failed.value).startswith(expected)
-    assert "int4, bfloat16 scale per group of 32" in str(failed.value)
-    assert "It was not used." in str(failed.value)
+    assert "group of 32) for the kernel int4/dequantized changed its values" in str(failed.value)
+    assert "The weight was not used." in str(failed.value)
     assert "please report it" in str(failed.value)
 
 

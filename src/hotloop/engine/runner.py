@@ -73,7 +73,7 @@ from hotloop.engine.speculation import (
 from hotloop.engine.steps import Stepper, Timestamps, step_times
 from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.errors import OutOfMemoryError
-from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
+from hotloop.hardware import device_info, find_out_of_memory, free_bytes, requested_bytes
 from hotloop.kernels import cpu
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
@@ -842,8 +842,8 @@ def working_on(device: torch.device, phase: str) -> Generator[None]:
         except OutOfMemoryError:
             raise
         except Exception as error:
-            shortage = shortage_of_memory(error)
+            shortage = find_out_of_memory(error)
             if shortage is None:
                 raise
-            needed = bytes_asked_for(shortage)
+            needed = requested_bytes(shortage)
             raise OutOfMemoryError(phase, needed, free_bytes(device)) from error

@@ -1,8 +1,8 @@
 """Matrix products with a weight: the implementations, and the choice of one.
 
-A weight is given to a kernel once, which packs it in its own layout. At each call the kernel
-chooses by the number of rows: with few rows (decoding), a GEMV is bound by reading the weight; with
-many rows (prefill), a GEMM is bound by arithmetic.
+A kernel packs a weight into its own layout once. At each call it chooses an algorithm by the number
+of rows: with few rows (decoding), a GEMV is bound by reading the weight; with many rows (prefill),
+a GEMM is bound by arithmetic.
 
 Shape letters: M rows, N output features, K input features, G groups along K, S super-blocks.
 """
@@ -123,7 +123,7 @@ class KernelFormat:
         return ", ".join((*said, *zero, *(("act-order",) if self.permuted else ())))
 
     def is_per_channel(self, k: int) -> bool:
-        """Tells whether a weight with ``k`` input features has one scale per row, and no zeros."""
+        """Returns whether a weight with ``k`` input features has one scale per row and no zeros."""
         plain = KernelFormat(kind=self.kind, group_size=k, scale_dtype=self.scale_dtype)
         return self.kind != "dense" and self == plain
 
@@ -306,13 +306,13 @@ class LinearCandidate(LinearKernel, Protocol):
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        """Returns why it cannot serve a weight, or None if it can; see ``NOT_MEANT``."""
+        """Returns why it cannot serve a weight, or None if it can; see ``NOT_APPLICABLE``."""
         ...
 
 
-NOT_MEANT = ""
-"""The ``unsupported`` reason that is not reported: the kernel is for another device or kind of
-weight."""
+NOT_APPLICABLE = ""
+"""The result of ``unsupported`` if the kernel is for another device or kind of weight. It is not
+reported as a reason why a faster kernel is not used."""
 
 
 class _ByRows:
@@ -328,7 +328,7 @@ class _ByRows:
 
 
 class DenseTorch(_ByRows):
-    """Floating-point weights through PyTorch's own matrix product."""
+    """Matrix product with a floating-point weight, by PyTorch."""
 
     name = "dense/torch"
     keeps_rows = embeds = True
@@ -340,10 +340,10 @@ class DenseTorch(_ByRows):
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        return None if spec.kind == "dense" else NOT_MEANT
+        return None if spec.kind == "dense" else NOT_APPLICABLE
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        assert isinstance(weight, Tensor), "a floating-point weight"
+        assert isinstance(weight, Tensor), "the weight must be floating point"
         return [weight.contiguous()]
 
     def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:  # noqa: ARG002
@@ -357,7 +357,7 @@ class DenseTorch(_ByRows):
 
 
 class DenseCpu(DenseTorch):
-    """bfloat16 weights on a CPU, with our own kernel."""
+    """Matrix product with a bfloat16 weight on a CPU, by our own kernel."""
 
     name = "dense/cpu"
 
@@ -370,7 +370,10 @@ class DenseCpu(DenseTorch):
 
 
 class ChannelwiseTorch(_ByRows):
-    """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the GEMV."""
+    """Matrix product with an eight-bit weight, in plain PyTorch.
+
+    torch.compile fuses the conversion into the GEMV.
+    """
 
     keeps_rows = embeds = True
     permutes = False
@@ -383,11 +386,11 @@ class ChannelwiseTorch(_ByRows):
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
         if spec.kind not in ("int8", "fp8"):
-            return NOT_MEANT
+            return NOT_APPLICABLE
         return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        assert not isinstance(weight, Tensor), "a quantized weight"
+        assert not isinstance(weight, Tensor), "the weight must be quantized"
         return [weight.values.contiguous(), weight.scale.reshape(-1).float()]
 
     def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:  # noqa: ARG002
@@ -403,7 +406,7 @@ class ChannelwiseTorch(_ByRows):
 
 
 class Int8Cpu(ChannelwiseTorch):
-    """int8 weights with a scale per row on a CPU, with our own kernel."""
+    """Matrix product with an int8 weight with a scale per row on a CPU, by our own kernel."""
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
@@ -411,16 +414,17 @@ class Int8Cpu(ChannelwiseTorch):
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        return _cpu_unsupported(spec, "int8") if _int8_per_channel(spec) else NOT_MEANT
+        return _cpu_unsupported(spec, "int8") if _int8_per_channel(spec) else NOT_APPLICABLE
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.hotloop_cpu.linear_rows(x_MK, *packed)
 
 
 class GroupedCpu(_ByRows):
-    """Integers, lookup tables and fp8 with scales of groups on a CPU, with our own kernel.
+    """Matrix product with a weight with scales of groups on a CPU, by our own kernel.
 
-    Integers of 5 and 6 bits are stored in 8 bits.
+    Values are integers, indices of a lookup table or fp8. Integers of 5 and 6 bits are stored in 8
+    bits.
     """
 
     keeps_rows = False
@@ -438,16 +442,16 @@ class GroupedCpu(_ByRows):
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
         if spec.kind == "dense" or _int8_per_channel(spec):
-            return NOT_MEANT
+            return NOT_APPLICABLE
         reason = _cpu_unsupported(spec, spec.kind)
         if reason is None and spec.kind == "fp8" and spec.format.zero != "none":
-            return "holds no fp8 with zero points or offsets"
+            return "does not support fp8 with zero points or offsets"
         if reason is None and (spec.format.group_size or 0) % 8:
-            return f"holds groups of a multiple of 8, not {spec.format.group_size}"
+            return f"supports only groups of a multiple of 8, not {spec.format.group_size}"
         return reason
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        assert not isinstance(weight, Tensor), "a quantized weight"
+        assert not isinstance(weight, Tensor), "the weight must be quantized"
         return pack_groups(self._format, weight, n=self._n)
 
     def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
@@ -469,7 +473,7 @@ class GroupedCpu(_ByRows):
 
 
 class Int4TinyGemm(_ByRows):
-    """int4 weights on CUDA through tinygemm, which PyTorch ships."""
+    """Matrix product with an int4 weight on CUDA, by PyTorch's tinygemm."""
 
     name = "int4/tinygemm"
     keeps_rows = embeds = permutes = False
@@ -482,7 +486,7 @@ class Int4TinyGemm(_ByRows):
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
         if spec.kind != "int4" or spec.device != "cuda":
-            return NOT_MEANT
+            return NOT_APPLICABLE
         if spec.dtype != torch.bfloat16:
             return f"tinygemm needs bfloat16 activations, not {spec.dtype}"
         if spec.n % 8 or spec.k % 32:
@@ -490,7 +494,7 @@ class Int4TinyGemm(_ByRows):
         return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        assert not isinstance(weight, Tensor), "a quantized weight"
+        assert not isinstance(weight, Tensor), "the weight must be quantized"
         return self.pack_values(weight.values, weight.scale, weight.offset)
 
     @staticmethod
@@ -536,7 +540,10 @@ class Int4TinyGemm(_ByRows):
 
 
 class NestedTinyGemm(Int4TinyGemm):
-    """Nested weights on CUDA through tinygemm: the sum of a rounded product by each plane."""
+    """Matrix product with a nested weight on CUDA, by tinygemm.
+
+    It is the sum of two rounded matrix products, one with each plane.
+    """
 
     name = "nested/tinygemm"
 
@@ -546,10 +553,10 @@ class NestedTinyGemm(Int4TinyGemm):
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        return Int4TinyGemm.unsupported(spec.high) if spec.kind == "nested" else NOT_MEANT
+        return Int4TinyGemm.unsupported(spec.high) if spec.kind == "nested" else NOT_APPLICABLE
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        assert not isinstance(weight, Tensor), "a quantized weight"
+        assert not isinstance(weight, Tensor), "the weight must be quantized"
         high, low = reference.split_planes(weight.values)
         return [*self.pack_values(high, weight.scale * 16), *self.pack_values(low, weight.scale)]
 
@@ -579,7 +586,7 @@ class FusedParts(NamedTuple):
 
 
 class Fused(_ByRows):
-    """Weights in the packed layout of the kernels of the fused step (``kernels.cuda``).
+    """Matrix product with a weight in the packed layout of the fused step (``kernels.cuda``).
 
     The fused step reads the packed weight itself. A call of this kernel, for the many rows of a
     prompt, dequantizes the weight to bfloat16.
@@ -603,10 +610,10 @@ class Fused(_ByRows):
         """Returns why the fused step cannot hold a weight exactly, or None if it can."""
         form = spec.format
         if form.table is not None and terms(form.table) is None:
-            return "holds no lookup table of such numbers"
+            return "does not support a lookup table of such numbers"
         size = form.group_size
         if size is not None and size % HALF_SLICE and not form.is_per_channel(spec.k):
-            return f"holds groups of a multiple of {HALF_SLICE}, not {size}"
+            return f"supports only groups of a multiple of {HALF_SLICE}, not {size}"
         return None
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
@@ -619,8 +626,11 @@ class Fused(_ByRows):
             values = values.view(weight.values.dtype)
         if self.form.group_size is None:
             packed = pack(form, values, None, None)
-            return [packed, weight.scale.reshape(-1).float().clone()]  # shared with no embedding
-        # Groups of more features are several of as many as a unit has.
+            return [
+                packed,
+                weight.scale.reshape(-1).float().clone(),
+            ]  # a copy, which no embedding shares
+        # A group of more features than a unit has becomes several groups with the same scale.
         repeats = (self._format.group_size or 0) // self.form.group_size
         scale, offset, factors = weight.scale, weight.offset, ()
         if self.form.scale == "two":
@@ -635,10 +645,10 @@ class Fused(_ByRows):
         )
         packed = [pack(form, values, scale, offset, *factors)]
         if self.form.row_scale:
-            assert weight.super_scale is not None, "a factor of each row"
+            assert weight.super_scale is not None, "the weight needs a factor for each row"
             packed.append(weight.super_scale.reshape(-1).clone())
         if self.form.permuted:
-            assert features_K is not None, "a permuted weight"
+            assert features_K is not None, "the weight must be permuted"
             packed.append(features_K.contiguous())
         return packed
 
@@ -655,7 +665,7 @@ class Fused(_ByRows):
         weight, *others = packed
         scale_N = others.pop(0) if self.form.has_channel_scales else None
         features_K = others.pop(0) if self.form.permuted else None
-        assert not others, "nothing else"
+        assert not others, f"{len(others)} tensors too many"
         return FusedParts(weight, scale_N, features_K)
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
@@ -703,7 +713,7 @@ def _fused_form(spec: LinearSpec) -> Format:
 
 
 def _has_row_scale(spec: LinearSpec) -> bool:
-    """Tells whether a factor per row can be applied to the results, as for nvfp4."""
+    """Returns whether a factor per row can be applied to the results, as for nvfp4."""
     form = spec.format
     return (
         form.super_size == spec.k
@@ -714,14 +724,14 @@ def _has_row_scale(spec: LinearSpec) -> bool:
 
 
 def _has_two_levels(form: KernelFormat, unit_k: int) -> bool:
-    """Tells whether scales are integers with half-precision factors of whole units."""
+    """Returns whether scales are integers with half-precision factors of whole units."""
     is_whole = form.super_size is not None and form.super_size % unit_k == 0
     are_halves = form.scale_dtype == torch.int8 and form.super_dtype == FACTOR
     return is_whole and are_halves and form.zero != "integer"
 
 
 class Dequantizing(_ByRows):
-    """Quantized weights of any format, dequantized for every matrix product.
+    """Matrix product with a quantized weight of any format, which every call dequantizes.
 
     Four-bit values are packed. So are the planes of nested weights: the high plane with its scales,
     then the low plane. Other eight-bit values remain as they are.
@@ -742,11 +752,11 @@ class Dequantizing(_ByRows):
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        return NOT_MEANT if spec.kind == "dense" else None
+        return NOT_APPLICABLE if spec.kind == "dense" else None
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
         if self._nested:
-            assert not isinstance(weight, Tensor), "a quantized weight"
+            assert not isinstance(weight, Tensor), "the weight must be quantized"
             high, low = (
                 reference.pack_int4(plane, self._group)
                 for plane in reference.split_planes(weight.values)
@@ -796,7 +806,7 @@ class Dequantizing(_ByRows):
 
 
 class Permuted:
-    """Weights whose order of columns differs from that of input features: reorders the activations.
+    """Matrix product with a permuted weight, by another kernel on permuted activations.
 
     Args:
         inner: The kernel of the weight without its permutation.
@@ -811,8 +821,8 @@ class Permuted:
         self.nbytes = inner.nbytes + 4 * k
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        assert not isinstance(weight, Tensor), "a quantized weight"
-        assert weight.permutation is not None, "a permuted weight"
+        assert not isinstance(weight, Tensor), "the weight must be quantized"
+        assert weight.permutation is not None, "the weight must be permuted"
         return [*self._inner.pack(weight), weight.permutation]
 
     def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
@@ -888,13 +898,13 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
             if spec.format.permuted and not kernel.permutes:
                 return Permuted(kernel, spec.k), notes
             return kernel, notes
-        if reason != NOT_MEANT:
+        if reason != NOT_APPLICABLE:
             notes.append(f"{kernel.name} not used: {reason}")
     raise AssertionError(f"no kernel serves {spec}")
 
 
 def _notes(chosen: LinearCandidate, not_used: list[str]) -> list[str]:
-    """Returns why faster kernels are not used, and which slow one is used instead."""
+    """Returns why faster kernels are not used, and which slow kernel is used instead."""
     if not_used and isinstance(chosen, Dequantizing):
         slow = "is slow: it dequantizes weights for every matrix product"
         return [*not_used, f"{chosen.name} is used instead, and {slow}"]
@@ -932,24 +942,24 @@ def _inexact(
     """
     format_ = spec.format
     if format_.super_size is not None:
-        return "holds no two-level scales"
+        return "does not support two-level scales"
     if format_.group_size not in groups:
         sizes = "the whole row" if groups == (spec.k,) else " or ".join(map(str, groups))
-        return f"holds groups of {sizes}, not {format_.group_size}"
+        return f"supports only groups of {sizes}, not {format_.group_size}"
     if format_.scale_dtype not in scales:
-        return f"holds scales in {', '.join(map(str, scales))}, not {format_.scale_dtype}"
+        return f"supports only scales in {', '.join(map(str, scales))}, not {format_.scale_dtype}"
     if format_.zero not in zeros:
         return {
-            "integer": "holds no integer zero points",
-            "offset": "holds no offsets",
-            "none": "holds no weight without offsets",
+            "integer": "does not support integer zero points",
+            "offset": "does not support offsets",
+            "none": "does not support weights without offsets",
         }[format_.zero]
     return None
 
 
 def _cpu_unsupported(spec: LinearSpec, kind: Kind) -> str | None:
     if spec.kind != kind or spec.device != "cpu":
-        return NOT_MEANT
+        return NOT_APPLICABLE
     if spec.dtype != torch.bfloat16:
-        return NOT_MEANT  # float32 is asked for where exactness matters more than speed
+        return NOT_APPLICABLE  # with float32, exactness matters more than speed
     return cpu.unavailable_reason()

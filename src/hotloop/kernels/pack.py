@@ -1,6 +1,6 @@
-"""Packs a weight some rows at a time, so that only these rows are in memory beside the result.
+"""Packs a weight some rows at a time, so that only these rows are in memory besides the result.
 
-To pack a whole weight at once takes several copies of it, each larger than the result.
+Packing a whole weight at once would need several copies of it, each larger than the result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pack_in_chunks(
 ) -> Generator[int, None, list[Tensor]]:
     """Packs a weight of ``n`` rows, exactly as ``kernel.pack`` packs the whole.
 
-    It is a generator, so that several weights made from the same rows can be packed in step.
+    It is a generator, so that weights made from the same rows can be packed alternately.
 
     Args:
         kernel: The kernel.
@@ -68,8 +68,8 @@ def pack_in_chunks(
             ends[i] += size
         row += rows
         yield rows
-    assert row == n, f"{row} rows came, not {n}"
-    # A last unit that is not whole takes less where it is not padded.
+    assert row == n, f"the chunks have {row} rows, not {n}"
+    # An incomplete last unit takes less space in tensors that are not padded.
     return [
         part
         if axis is None or part.numel() == 0 or end == part.shape[axis]

@@ -1,8 +1,9 @@
 """Plain-PyTorch implementations: the specification of every kernel, and its fallback.
 
-They are written for readers, and so that torch.compile fuses them well. Every faster kernel is
-tested against its twin here, which runs where no faster kernel can. Only sampling is specified
-elsewhere, in ``engine.sampling``, since its plain form also samples from sharded logits.
+They are written to be read, and to be fused well by torch.compile. The function that specifies a
+kernel is the kernel's *twin*: every faster kernel is tested against its twin, which also runs where
+no faster kernel can. Only sampling is specified elsewhere, in ``engine.sampling``, since its plain
+form also samples from sharded logits.
 
 Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, N output features,
 K input features, G groups along K; H query heads, J key/value heads, E head dimension, C cache
@@ -44,7 +45,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def geglu_tanh(gate_up: Tensor) -> Tensor:
-    """Computes ``swiglu`` with GELU, by its tanh approximation, in place of SiLU."""
+    """Multiplies GELU (by tanh) of the first half by the second: [..., 2F] to [..., F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return _stored(F.gelu(gate, approximate="tanh") * up)
 
@@ -394,8 +395,8 @@ def extend_chain(
         undrafted_B: bool, rows whose drafts do not count.
 
     Returns:
-        float32 [B], the probability with the newest draft, and its mean over rows; rows that do not
-        count have 0. The chain ends if the mean is too small.
+        float32 [B], the probability that all drafts including the newest are accepted, 0 for rows
+        whose drafts do not count; and its mean over rows. The chain ends if the mean is too small.
     """
     accepted_B = own_B if accepted_B is None else accepted_B * own_B
     return accepted_B, accepted_B.masked_fill(undrafted_B, 0.0).mean()

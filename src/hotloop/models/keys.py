@@ -267,7 +267,7 @@ def read_keys(
 
 
 def _is_same(value: object, other: object) -> bool:
-    """Tells whether values are equal, where True differs from 1, and 1.0 does not."""
+    """Returns whether values are equal, where True differs from 1, and 1.0 does not."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 

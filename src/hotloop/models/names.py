@@ -64,7 +64,7 @@ def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def is_redundant(config: ModelConfig, name: str) -> bool:
-    """Tells whether a tensor that the model does not have may be ignored.
+    """Returns whether a tensor that the model does not have may be ignored.
 
     These may be: a tied head, which repeats the embedding; tables of rotary embedding, which are
     computed; scales of a quantized cache or of quantized activations, for other engines; and layers

@@ -273,7 +273,7 @@ def _peers() -> Iterator[None]:
 
 
 def _agreed(group: ProcessGroup, reason: str | None, device: torch.device) -> bool:
-    """Tells whether no rank has a reason against a backend, so that all ranks decide alike."""
+    """Returns whether no rank has a reason against a backend, so that all ranks decide alike."""
     against = torch.tensor([reason is not None], dtype=torch.int32, device=device)
     return not bool(group.max(against))
 

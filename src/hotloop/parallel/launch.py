@@ -78,7 +78,7 @@ class Rank:
                 end.shutdown(socket.SHUT_RDWR)
 
     def is_stopped(self) -> bool:
-        """Tells whether its process is stopped, as by SIGSTOP; False for others' children."""
+        """Returns whether its process is stopped, as by SIGSTOP; False for others' children."""
         if self.process is None:
             return False
         try:

@@ -489,7 +489,7 @@ def _as_block(sizes: list[int] | None) -> tuple[int, int] | None:
 
 
 def _unless_named(name: str, excluded: list[str]) -> bool | None:
-    """Tells whether a matrix is quantized, as those of layers are, except in some modules."""
+    """Returns whether a matrix is quantized, as those of layers are, except in some modules."""
     if _is_named(name, excluded):
         return False
     return True if _is_in_a_layer(name) else None
@@ -503,7 +503,7 @@ def _is_in_a_layer(name: str) -> bool:
 
 
 def _is_named(name: str, modules: list[str]) -> bool:
-    """Tells whether a matrix is one of some modules, or within one; names match by whole parts."""
+    """Returns whether a matrix is or is within one of some modules; names match by whole parts."""
     return any(f".{module.strip('.')}." in f".{name}." for module in modules)
 
 
@@ -512,7 +512,7 @@ _NESTED = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 
 
 def _matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
-    """Tells whether a regular expression of a configuration matches a name from its beginning.
+    """Returns whether a regular expression of a configuration matches a name from its beginning.
 
     Args:
         pattern: The expression.

@@ -60,7 +60,7 @@ class PackingCheck:
         self._samples.append((range(self._end + rows.start, self._taken), taken))
 
     def compare(self, packed: Sequence[Tensor]) -> Tensor:
-        """Tells whether the packed rows equal the recorded ones: bool [], on their device."""
+        """Returns whether the packed rows equal the recorded ones: bool [], on their device."""
         assert self._end * self._halves == self._n, "every row was seen"
         expected = torch.cat([taken[i] for i in range(self._halves) for _, taken in self._samples])
         axes = self._kernel.row_axes(packed)

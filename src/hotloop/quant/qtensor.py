@@ -237,7 +237,7 @@ class QTensor:
                 of the group size.
         """
         present = self.format.super_size
-        assert present is not None, "a weight of two levels"
+        assert present is not None, "the weight must have two-level scales"
         repeats, rest = divmod(present, size)
         assert rest == 0, f"super-blocks of {present} into {size}"
         assert size % self.group_size == 0, "super-blocks of whole groups"

@@ -431,7 +431,7 @@ def explain(error: Exception, phase: Phase, memory: MemoryPlan | None = None) ->
     cause: BaseException | None = error
     while isinstance(cause, HotloopError):  # its text can quote a log or a file's name
         cause = cause.__cause__
-    if cause is not None and (shortage := hardware.shortage_of_memory(cause)) is not None:
+    if cause is not None and (shortage := hardware.find_out_of_memory(cause)) is not None:
         message = str(shortage).partition("\n")[0] or type(shortage).__name__
         known = f"; needed {gib(memory.total_bytes)} as predicted" if memory else ""
         known += f", {gib(memory.free_bytes)} were free before loading" if memory else ""

@@ -178,7 +178,7 @@ def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
 
 
 def _is_integer(dtype: str) -> bool:
-    """Tells whether elements are integers, for which an encoding may use another shape."""
+    """Returns whether elements are integers, for which an encoding may use another shape."""
     return dtype[0] in "IU" and dtype[1:].isdigit()
 
 
@@ -196,7 +196,7 @@ def wrong_shape(
 
 
 def _is_tied(checkpoint: Checkpoint) -> bool:
-    """Tells whether the head is the embedding: it is missing, or equal to the embedding."""
+    """Returns whether the head is the embedding: it is missing, or equal to the embedding."""
     head, embedding = (
         checkpoint.tensors.get(f"{name}.weight") for name in (names.HEAD, names.EMBEDDING)
     )

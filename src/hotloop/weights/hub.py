@@ -74,7 +74,7 @@ class WheelModel:
         return [folder / "models" / name for folder in dict.fromkeys(folders)]
 
     def is_complete(self, path: Path) -> bool:
-        """Tells whether a file is there and has the right size."""
+        """Returns whether a file is there and has the right size."""
         return path.is_file() and path.stat().st_size == self.n_bytes
 
 

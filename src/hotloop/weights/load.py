@@ -350,12 +350,12 @@ def _dequantized_into(
     """Fills a table with the rows of a weight, and returns those within ``kept``."""
     first = 0
     for piece in pieces:
-        assert isinstance(piece, QTensor), "a quantized weight"
+        assert isinstance(piece, QTensor), "the weight must be quantized"
         last = first + piece.shape[0]
         table[first:last] = piece.dequantize(table.dtype)
         start, stop = max(kept.start, first), min(kept.stop, last)
         if start < stop:
             kept_rows = cut(piece, slice(start - first, stop - first), None)
-            assert isinstance(kept_rows, QTensor), "a quantized weight"
+            assert isinstance(kept_rows, QTensor), "the weight must be quantized"
             yield kept_rows
         first = last

@@ -61,7 +61,7 @@ class ReadAhead(Generic[Value]):
         self._thread.join()
 
     def _is_full(self) -> bool:
-        """Tells whether the result that was read last has to wait for room."""
+        """Returns whether the result that was read last has to wait for room."""
         if self._unplaced is None or not self._ready:
             return False
         return self._waiting_bytes + self._unplaced > self._limit

@@ -154,7 +154,7 @@ def schemes_by_name(
 
 
 def is_calibrated(scheme: Scheme) -> bool:
-    """Tells whether a scheme weights errors with the activations of the model."""
+    """Returns whether a scheme weights errors with the activations of the model."""
     return isinstance(scheme, Int4) and scheme.calibrated
 
 
@@ -310,7 +310,7 @@ class CheckpointSource:
             )
 
     def _is_redundant(self, name: str) -> bool:
-        """Tells whether a tensor has no effect: by its name, or because it is a bias of zeros."""
+        """Returns whether a tensor has no effect: by its name, or because it is a bias of zeros."""
         if self.model is not None and names.is_redundant(self.model, name):
             return True
         info = self.checkpoint.tensors[name]

@@ -53,7 +53,7 @@ SLOWER = "decoding is several times slower"
 
 @contextlib.contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """Runs PyTorch's operators on the calling thread; hotloop's use as many threads as before.
+    """Runs PyTorch's operators on the calling thread; hotloop's operators keep their threads.
 
     PyTorch uses OpenMP's threads, which assume an otherwise idle machine: a parallel loop lasts as
     long as its slowest thread, and afterwards the threads spin for many milliseconds, which takes

@@ -1,10 +1,10 @@
 """Keeps weights in huge pages of 2 MiB, from which they are read faster.
 
 A decode step reads every weight once, so in pages of 4 KiB it needs the address of a new page every
-64 cache lines. In a virtual machine, to look up the address takes longer than to read the page.
+64 cache lines. In a virtual machine, looking up the address takes longer than reading the page.
 
-Linux allocates huge pages for memory that asks for them before it is written (``MADV_HUGEPAGE``)
-and that is at least 2 MiB large. Small matrices share 2 MiB with others; they are moved into huge
+Linux allocates huge pages for memory of at least 2 MiB if they are requested before it is written
+(``MADV_HUGEPAGE``). Small matrices share 2 MiB with others; they are moved into huge
 pages after all weights are loaded (``MADV_COLLAPSE``, Linux 6.1). If that fails, only speed is
 lost.
 """
@@ -26,7 +26,7 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <linux/mman.h>
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """Asks for huge pages for a new CPU tensor that is not written yet, and returns it."""
+    """Requests huge pages for a new CPU tensor that is not written yet, and returns the tensor."""
     if sys.platform == "linux" and tensor.device.type == "cpu":
         begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
@@ -60,7 +60,7 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> str | None:
 
 
 def _collapse(page: int, n_pages: int) -> bool:
-    """Moves pages by their number; tells whether all are huge pages now."""
+    """Moves ``n_pages`` pages from the number ``page`` on; returns whether all are huge now."""
     return _madvise()(page * HUGE_PAGE, n_pages * HUGE_PAGE, _MADV_COLLAPSE) == 0
 
 

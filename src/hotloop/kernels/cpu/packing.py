@@ -1,8 +1,8 @@
 """Packs weights with scales of groups into the layout that ``kernels.cpp`` reads.
 
 A packed weight is two tensors of bytes: a description, which includes lookup table and permutation,
-and the blocks. More tensors would be slower: to pass a tensor to an operator takes longer than to
-read a description.
+and the blocks. More tensors would be slower: passing a tensor to an operator takes longer than
+reading a description.
 
 A block is 16 output features; the last block is padded with zeros. It has sections, each at a
 multiple of 64 bytes, in the order in which they are read: scales, offsets, factors of scales,
@@ -120,7 +120,7 @@ def _describe(
     permutation: Tensor | None = None,
 ) -> Tensor:
     """Returns the description of a weight: ``Header`` of ``kernels.cpp``, table and permutation."""
-    assert form.group_size is not None, "a quantized weight"
+    assert form.group_size is not None, "the weight must be quantized"
     encoding = {"int8": "bytes", "fp8": "float8", "nested": "planes"}.get(form.kind, "nibbles")
     factor = {"fp8": _FLOAT8_FACTOR, "nested": 1 / 16}.get(form.kind, 1.0)
     integers = None if table is None else _as_integers(table)
@@ -165,8 +165,8 @@ def _description_bytes(form: KernelFormat, k: int) -> int:
 
 def _section_bytes(form: KernelFormat, k: int) -> list[int]:
     """Returns the bytes of each section of a block."""
-    assert form.group_size is not None, "a quantized weight"
-    assert form.scale_dtype is not None, "a quantized weight"
+    assert form.group_size is not None, "the weight must be quantized"
+    assert form.scale_dtype is not None, "the weight must be quantized"
     of_groups = BLOCK_FEATURES * (k // form.group_size)
     of_supers = BLOCK_FEATURES * (k // form.super_size) if form.super_size else 0
     itemsize = 0 if form.super_dtype is None else form.super_dtype.itemsize

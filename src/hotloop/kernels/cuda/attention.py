@@ -224,7 +224,9 @@ class AttentionPlan:
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
             next_operand: With ``stores_operand``, written in place of ``out``.
         """
-        assert (next_operand is not None) == self.stores_operand, "an operand, if it is stored"
+        assert (next_operand is not None) == self.stores_operand, (
+            "stores_operand decides whether there is a next_operand"
+        )
         next_args, next_tensors = NextOperand.arguments_of(next_operand)
         rows, width = self.batch * self.tokens, self.n_heads + 2 * self.n_kv_heads
         cache = (self.n_kv_heads, self.n_positions, self.head_dim)
@@ -235,9 +237,13 @@ class AttentionPlan:
         for tensor in (positions_B, seats_B):
             assert tensor.shape == (self.batch,), f"{tuple(tensor.shape)} for each sequence"
             assert tensor.dtype == torch.int64, f"{tensor.dtype} for each sequence"
-        assert cos_CE.shape[0] >= self.n_positions, "cosines for each position"
-        assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
-        assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
+        assert cos_CE.shape[0] >= self.n_positions, "cosines must cover every position"
+        assert self.n_partial <= (0 if partial is None else partial.numel()), (
+            "the workspace is too small"
+        )
+        assert self.n_counters <= (0 if counters is None else counters.numel()), (
+            "the workspace is too small"
+        )
         for tensor in (qkv, out, keys_SJCE, values_SJCE):
             assert tensor.dtype == torch.bfloat16, f"{tensor.dtype}"
             assert tensor.data_ptr() % 16 == 0, "tensors are read 16 bytes at a time"

@@ -1,4 +1,4 @@
-"""Launches of ``chain.cu``, which decides whether a chain of drafts goes on.
+"""Launches of ``chain.cu``, which decides whether a chain of drafts continues.
 
 Shape letters: B rows, V vocabulary.
 """
@@ -57,12 +57,12 @@ def extend_chain(
     Args:
         logits_BV: float32, the logits of the newest draft; rows may have any stride.
         ids_B: int64, the newest draft, negative for none.
-        own_B: float32, its probability; None takes the probability by the logits.
+        own_B: float32, its probability; None computes the probability from the logits.
         undrafted_B: bool, rows whose drafts do not count.
         min_probability: float32 [1]; a chain of lower probability ends.
         accepted_B: float32, the probability that all drafts so far are accepted; updated.
         state: int32 [2], zeros before the first launch. It is kept from one launch of a chain to
-            the next; if the chain has ended, further launches only confirm that.
+            the next. Once the chain has ended, further launches leave it ended.
         is_first: It is the first draft of a chain.
         handle: The handle of the IF node with the next draft; None if the draft is always made.
     """

@@ -101,17 +101,17 @@ def unavailable_reason() -> str | None:
 
 
 def architecture(major: int, minor: int) -> str:
-    """Returns the architecture of a compute capability: Hopper's with its own instructions."""
+    """Returns the architecture of a compute capability; ``sm_90a`` for Hopper, to use ``wgmma``."""
     return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
 def has_warpgroups(architecture: str) -> bool:
-    """Tells whether kernels can use ``wgmma``."""
+    """Returns whether kernels can use ``wgmma``."""
     return architecture == "sm_90a"
 
 
 def supports(architecture: str) -> bool:
-    """Tells whether this NVRTC compiles for an architecture."""
+    """Returns whether this NVRTC compiles for an architecture."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     return architecture.rstrip("a") in {

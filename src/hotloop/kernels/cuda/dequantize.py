@@ -106,7 +106,7 @@ def dequantize_call(
     form: Format, packed: Tensor, rows_NK: Tensor, features_K: Tensor | None = None
 ) -> Call:
     """Returns the launch that writes ``rows_NK``, bfloat16; see ``dequantize``."""
-    assert (features_K is not None) == form.permuted, "of permuted weights alone"
+    assert (features_K is not None) == form.permuted, "only permuted weights have features_K"
     assert rows_NK.shape == (form.n, form.k), f"rows are {tuple(rows_NK.shape)} for {form}"
     assert rows_NK.dtype == torch.bfloat16, f"rows are {rows_NK.dtype}"
     assert not form.plain_rows, "plain rows are read as they are"

@@ -146,7 +146,7 @@ class Device:
         architecture: The architecture that kernels are compiled for, such as ``sm_90a``.
         limits: Limits of the device.
         compile_seconds: Seconds spent in the compiler so far, summed over threads.
-        notes: Problems that records report.
+        notes: Problems, to be reported in records.
     """
 
     def __init__(self, device: torch.device, *, dependent_launch: bool = True) -> None:

@@ -4,6 +4,8 @@
 ``wide.cu``. ``Tuning`` holds the parameters chosen for speed. Its number of warps determines the
 order of sums, and so the bits of a result: it belongs to a weight, whatever the number of rows.
 
+An *octet* is eight rows of x, the n dimension of an mma instruction.
+
 Shape letters: M rows, N output features, K input features, G groups along K.
 """
 
@@ -48,7 +50,7 @@ DIRECT_STAGES = 3
 """The most copies in flight if x is not staged: the loads of x from L2 queue behind them."""
 
 SOURCE_BYTES = 64 * 1024
-"""The most bytes of x in its own order, beside the permuted one."""
+"""The most bytes of unpermuted x that shared memory holds besides the permuted x."""
 
 _BUFFERS = 2  # kBuffers of linear.cu
 
@@ -107,12 +109,12 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class PrescaledInput:
-    """Input of a matrix product after an RMS norm. The product multiplies its sums by 1 / rms.
+    """Input of a matrix product after an RMS norm; the kernel multiplies its sums by 1 / rms.
 
     Attributes:
         x: bfloat16 [M, K], the norm's input times its weight.
         squares: float32 [M, K / 16 rounded up], partial sums of 16 squares of the norm's input.
-        eps: Of the norm.
+        eps: The norm's epsilon.
     """
 
     x: Tensor
@@ -303,7 +305,7 @@ class GemmPlan(ABC):
 
     def __post_init__(self) -> None:
         assert 1 <= self.rows <= MAX_ROWS, f"{self.rows} rows"
-        assert self.form.paired == (self.epilogue == "swiglu"), "swiglu, and it alone, pairs"
+        assert self.form.paired == (self.epilogue == "swiglu"), "only swiglu takes a paired weight"
 
     @property
     @abstractmethod
@@ -413,7 +415,7 @@ class GemmPlan(ABC):
         """
         prescaled = x if isinstance(x, PrescaledInput) else None
         x_MK = x.x if isinstance(x, PrescaledInput) else x
-        assert (prescaled is not None) == self.norm, "a prescaled input where there is a norm"
+        assert (prescaled is not None) == self.norm, "with a norm, x is a prescaled input"
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
         is_part = self.epilogue == "part"
         assert len(y) == self.rows, f"y is {tuple(y.shape)}"
@@ -421,22 +423,34 @@ class GemmPlan(ABC):
         assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
         assert y.dtype == self.dtype, f"y is {y.dtype}"
         assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
-        assert (scale_N is not None) == self.form.has_channel_scales, "a scale per output"
-        assert (features_K is not None) == self.form.permuted, "of permuted weights alone"
-        assert residual is None or residual.shape == y.shape, "like y"
-        assert residual is None or self.epilogue in ("plain", "swiglu"), "no residual"
-        assert (gate is not None) == (self.epilogue == "gated"), "a gate, of gated results alone"
-        assert gate is None or (gate.shape, gate.dtype) == (y.shape, torch.float32), "like y"
+        assert (scale_N is not None) == self.form.has_channel_scales, (
+            "has_channel_scales decides whether there is scale_N"
+        )
+        assert (features_K is not None) == self.form.permuted, (
+            "only permuted weights have features_K"
+        )
+        assert residual is None or residual.shape == y.shape, "the tensor must have the shape of y"
+        assert residual is None or self.epilogue in ("plain", "swiglu"), (
+            "only plain and swiglu add a residual"
+        )
+        assert (gate is not None) == (self.epilogue == "gated"), "only gated results have a gate"
+        assert gate is None or (gate.shape, gate.dtype) == (y.shape, torch.float32), (
+            "the tensor must have the shape of y"
+        )
         next_norm: dict[str, Tensor | None] = dict.fromkeys(NormEpilogue.ARGUMENTS)
         if norm_epilogue is not None:
-            assert self.epilogue == "plain", "a norm follows plain results alone"
-            assert norm_epilogue.prescaled.x.shape == y.shape, "like y"
+            assert self.epilogue == "plain", "only plain results have a norm epilogue"
+            assert norm_epilogue.prescaled.x.shape == y.shape, "the tensor must have the shape of y"
             next_norm |= norm_epilogue.arguments()
-        assert best is None or self.epilogue == "logits", "logits alone have a best"
-        assert self.n_partial <= (0 if partial is None else partial.numel()), "too few values"
+        assert best is None or self.epilogue == "logits", "only logits have a best"
+        assert self.n_partial <= (0 if partial is None else partial.numel()), (
+            "the workspace is too small"
+        )
         assert self.n_counters <= (0 if counters is None else counters.numel()), "too few counters"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
-        assert (next_operand is not None) == self.stores_operand, "an operand, if it is stored"
+        assert (next_operand is not None) == self.stores_operand, (
+            "stores_operand decides whether there is a next_operand"
+        )
         next_args, next_tensors = NextOperand.arguments_of(next_operand)
         args, tensors = LinearArguments.of(
             weight=weight,

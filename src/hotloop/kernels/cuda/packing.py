@@ -129,24 +129,36 @@ class Format:
     plain_rows: bool = False
 
     def __post_init__(self) -> None:
-        assert (self.table is not None) == (self.kind == "lut4"), "a table, for lut4 alone"
+        assert (self.table is not None) == (self.kind == "lut4"), "only lut4 has a table"
         assert self.table is None or terms(self.table) is not None, f"{self.table}"
-        assert not self.permuted or self.group_size is not None, "without groups any order will do"
-        assert not self.permuted or self.k < 1 << 16, "indices of 16 bits"
-        assert self.scale != "two" or self.zero != "integer", "two levels have offsets"
-        assert self.scale != "two" or self.k % self.unit_k == 0, "factors of whole units"
-        assert not self.row_scale or self.group_size is not None, "others have it already"
+        assert not self.permuted or self.group_size is not None, (
+            "only groups need an order of columns"
+        )
+        assert not self.permuted or self.k < 1 << 16, "column indices have 16 bits"
+        assert self.scale != "two" or self.zero != "integer", (
+            "two-level formats have offsets, not zero points"
+        )
+        assert self.scale != "two" or self.k % self.unit_k == 0, "two-level scales need whole units"
+        assert not self.row_scale or self.group_size is not None, (
+            "a format without groups has row scales"
+        )
         assert self.k % 8 == 0, f"{self.k} input features are not a multiple of 8"
         assert self.group_size in (None, *GROUP_SIZES), f"groups of {self.group_size}"
-        assert self.bits > 4 or self.group_size is not None, "four bits have groups"
+        assert self.bits > 4 or self.group_size is not None, "four-bit formats need groups"
         assert self.kind != "bf16" or self.group_size is None, "bf16 has no groups"
-        assert self.group_size is None or self.k % self.group_size == 0, "whole groups"
-        assert self.zero == "none" or self.group_size is not None, "groups alone have zeros"
-        assert self.zero == "none" or self.kind not in ("fp8", "lut4"), "integers have zeros"
+        assert self.group_size is None or self.k % self.group_size == 0, (
+            "groups must divide the input features"
+        )
+        assert self.zero == "none" or self.group_size is not None, (
+            "only formats with groups have zeros"
+        )
+        assert self.zero == "none" or self.kind not in ("fp8", "lut4"), "only integers have zeros"
         plain = (self.scale, self.zero, self.row_scale, self.permuted)
-        assert self.kind != "nested" or plain == ("bf16", "none", False, False), "scales alone"
-        assert self.kind != "nested" or self.group_size is not None, "nested in groups"
-        assert not self.paired or self.n % 2 == 0, "as many gate as up features"
+        assert self.kind != "nested" or plain == ("bf16", "none", False, False), (
+            "nested weights have bf16 scales only"
+        )
+        assert self.kind != "nested" or self.group_size is not None, "nested weights need groups"
+        assert not self.paired or self.n % 2 == 0, "gate and up must have equally many features"
         assert not self.plain_rows or self.fits_plain_rows, f"{self.n}, {self.k} have padding"
 
     @property
@@ -331,14 +343,14 @@ def pack(
     if form.plain_rows:
         return values.contiguous()
     if form.kind == "nested":
-        assert scale is not None, "groups have scales"
+        assert scale is not None, "formats with groups need scales"
         high, low = reference.split_planes(values)
         packed = pack(form.high, high, scale * 16, None)
         return torch.cat((packed.flatten(1), _fragments(form.high, low).flatten(1)), dim=1)
     fragments = _fragments(form, values)
     if form.group_size is None:
         return fragments
-    assert scale is not None, "groups have scales"
+    assert scale is not None, "formats with groups need scales"
     assert (offset is None) == (form.zero == "none"), f"offsets do not fit {form}"
     if offset is not None and form.zero == "integer":
         offset = offset.float() + _BIAS[form.kind]
@@ -347,7 +359,7 @@ def pack(
     if form.scale != "two":
         return torch.cat((fragments, torch.stack(groups, 3).flatten(2).view(torch.uint8)), dim=2)
     factors = [_factors(form, t) for t in (factor, offset_factor) if t is not None]
-    assert len(factors) == len(groups), "a factor of each scale and offset"
+    assert len(factors) == len(groups), "every scale and offset needs a factor"
     # [tiles, units, groups, g, scale or offset, half]
     pairs = torch.stack([group.unflatten(3, (8, 2)) for group in groups], 4)
     of_groups = pairs.flatten(2).view(torch.uint8)
@@ -395,7 +407,7 @@ def unpack(form: Format, packed: Tensor) -> Parts:
     if form.kind == "nested":
         high = unpack(form.high, high_plane(form, packed))
         low = packed[:, form.high.nbytes // form.tiles :].unflatten(1, (form.units, -1))
-        assert high.scale is not None, "groups have scales"
+        assert high.scale is not None, "formats with groups need scales"
         values = reference.join_planes(high.values, _values(form.high, low))
         return Parts(values, high.scale * 2.0**-4)
     values = _values(form, packed[..., : form.fragment_bytes])
@@ -490,7 +502,7 @@ def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
 
     Rows g and g + 8 are adjacent.
     """
-    assert form.group_size is not None, "a format with groups"
+    assert form.group_size is not None, "the format must have groups"
     in_unit = form.unit_k // form.group_size
     rows = _tile_rows(form, per_group_NG.to(_SCALES[form.scale]))
     rows = F.pad(rows, (0, form.units * in_unit - rows.shape[-1]))
@@ -501,7 +513,7 @@ def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
 def _factors(form: Format, factor_NS: Tensor) -> Tensor:
     """Arranges factors as [tiles, units, 16], rows g and g + 8 adjacent."""
     each, rest = divmod(form.units, factor_NS.shape[1])
-    assert rest == 0, "super-blocks of whole units"
+    assert rest == 0, "super-blocks must be whole units"
     rows = _tile_rows(form, factor_NS.repeat_interleave(each, dim=1))
     return rows.view(form.tiles, 2, 8, form.units).permute(0, 3, 2, 1).flatten(2)
 

@@ -113,8 +113,12 @@ def add_norm(
     assert k % 8 == 0, f"rows of {k} are not read eight values at a time"
     assert normed_MK.shape == x_MK.shape, f"{tuple(normed_MK.shape)} for {tuple(x_MK.shape)}"
     assert (gemm is None) == (sum_MK is None), "a sum only with a GEMM's output"
-    assert gemm is None or gemm.y.shape == x_MK.shape, "like x"
-    assert sum_MK is None or sum_MK.shape == x_MK.shape, "like x"
+    assert gemm is None or gemm.y.shape == x_MK.shape, (
+        "the sum and the GEMM output must have the shape of x"
+    )
+    assert sum_MK is None or sum_MK.shape == x_MK.shape, (
+        "the sum and the GEMM output must have the shape of x"
+    )
     args, tensors = AddNormArguments.of(
         x=x_MK,
         **(_NO_GEMM if gemm is None else gemm.arguments()),

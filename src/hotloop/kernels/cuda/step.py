@@ -120,7 +120,7 @@ def add_kernel() -> Kernel:
 
 
 def all_reduce_kernel(ranks: int) -> Kernel:
-    """Returns the kernel that adds the parts of this many ranks to the residual stream."""
+    """Returns the kernel that adds the addends of this many ranks to the residual stream."""
     return Kernel(
         name=f"all_reduce_{ranks}",
         file="step.cu",
@@ -285,7 +285,7 @@ class Exchange:
 
 
 def inbox_bytes(ranks: int, capacity: int, k: int = 0) -> int:
-    """Returns the size of an inbox: two rounds of every rank, with a flag per four bytes.
+    """Returns the bytes of an inbox: two addends of every rank, with a flag for each four bytes.
 
     Args:
         ranks: The number of ranks.
@@ -302,13 +302,13 @@ def all_reduce(
     norm_epilogue: NormEpilogue,
     exchange: Exchange,
 ) -> Call:
-    """Returns the launch that adds all ranks' parts to the residual stream, with a norm epilogue.
+    """Returns the launch that adds all ranks' addends to the residual stream and ends with a norm.
 
     It computes ``add`` of the sum over ranks. The sum is computed in the order of ranks, and not
     rounded.
 
     Args:
-        local_MK: bfloat16, this rank's part; M is at most the exchange's capacity.
+        local_MK: bfloat16, this rank's addend; M is at most the exchange's capacity.
         residual_MK: bfloat16.
         x_MK: bfloat16, written; may be ``residual_MK``.
         norm_epilogue: Epilogue of the norm that follows.
@@ -368,7 +368,7 @@ def argmax_over_ranks(
 ) -> Call:
     """Returns the launch of the argmax over all ranks' parts of the vocabulary, on every rank.
 
-    Of equal logits it takes the first, as ``VocabularyShard.argmax`` does.
+    If logits are equal, it takes the first, as ``VocabularyShard.argmax`` does.
 
     Args:
         best: The best candidate of each block, as the matrix product of this rank's part of the

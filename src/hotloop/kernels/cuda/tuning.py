@@ -48,7 +48,7 @@ MIN_SHARED_BYTES = 96 * 1024
 """Shared memory of a block that every supported device has, less a few KB for x."""
 
 MIN_RING_BYTES = 48 * 1024
-"""The fewest bytes that a block has in flight."""
+"""The minimum number of bytes that a block has in flight."""
 
 FAST_MEMORY = 30e9
 """The bandwidth per multiprocessor, in bytes per second, from which on memory counts as fast: an
@@ -65,8 +65,8 @@ FAST_STAGES = 2
 """``INT4_STAGES`` of ``gate_up``, if its weight is short and memory is fast."""
 
 FAST_PART_BYTES = 64 * 1024
-"""x of several rows that arrives in parts, in fast memory: eight rows of 4,096 features gain by it,
-and of 5,120 lose."""
+"""``Tuning.part_bytes`` in fast memory: copying x in parts is faster for eight rows of 4,096
+features, and slower for eight rows of 5,120."""
 
 RING_SHARE = 0.75
 """The largest share of a block's weights that its ring may hold. A kernel that issued all of its
@@ -81,8 +81,8 @@ MAX_WIDE_ACCUMULATORS = 36
 all tiles and strands, and those of a group. With more, registers spill."""
 
 INT4_EARLY_BYTES = 16 * 1024
-"""Bytes of an int4 weight that a block of ``wide.cu`` issues before it waits for x. Of others it
-issues all for which its ring has room, since their steps wait for memory."""
+"""Bytes of an int4 weight whose loads a block of ``wide.cu`` issues before it waits for x. For the
+others it issues as many loads as its ring has room for, since their steps are bound by memory."""
 
 LOADED_BYTES = 24
 """Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
@@ -146,7 +146,7 @@ def _prefetch_rule(by: Projection, later: LinearPlan) -> _PrefetchRule | None:
 
 
 def plan_prefetch(by: Projection, later: GemmPlan, weight: Tensor) -> Prefetch | None:
-    """Plans that one projection prefetches a later one's weight; returns None if it does not.
+    """Plans the prefetch of a weight by an earlier projection; returns None if there is none.
 
     ``qkv`` and ``o`` prefetch the weight of ``gate_up``, because memory is idle longest around
     attention; ``gate_up`` prefetches the weight of ``down``, and ``down`` the weight of the next
@@ -172,7 +172,7 @@ def plan_prefetch(by: Projection, later: GemmPlan, weight: Tensor) -> Prefetch |
 
 
 def reads_plain_rows(device: torch.device) -> bool:
-    """Tells whether the fused step on a device reads bfloat16 weights as plain rows.
+    """Returns whether the fused step on a device reads bfloat16 weights as plain rows.
 
     Prompts then need no dequantizing, and steps are as fast. It was measured only on an H200, so
     only devices with fast memory do it, and the emulation on a CPU.
@@ -188,7 +188,7 @@ def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tunin
 
     Args:
         form: The weight's format.
-        limits: Of the device.
+        limits: Limits of the device.
         projection: The projection of the weight.
     """
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda choice: _cost(form, *choice))
@@ -214,7 +214,7 @@ def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tunin
 
 
 def _is_read_fast(form: Format, limits: Limits) -> bool:
-    """Tells whether a weight is short and the device's memory fast."""
+    """Returns whether a weight is short and the device's memory fast."""
     return _has_fast_memory(limits) and form.nbytes < SHORT_READ_S * limits.bytes_per_s
 
 
@@ -223,7 +223,11 @@ def _has_fast_memory(limits: Limits) -> bool:
 
 
 def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
-    """Ranks a choice; lower is better: by unfit copies, then idle units, then short copies."""
+    """Returns the sort key of a choice; lower is better.
+
+    It compares whether a choice is unfit (copies that are too long or uneven, or too much shared
+    memory), then idle units, then the length of copies.
+    """
     units_of_warp = -(-form.units // warps)
     copied = warps * units * form.fragment_bytes
     # Two stages, partial sums, and the sums of eight rows of x over each group.
@@ -331,7 +335,7 @@ def attention_tuning(
             ``batch``.
         batch: Sequences of a decode step.
         limits: Of the device.
-        rows: Of a sequence and KV head: its new tokens times the query heads that share the head.
+        rows: Rows of a sequence and KV head: its new tokens times the query heads that share it.
     """
     new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside the rings
     room = (limits.shared_bytes - new_tokens) // (4 * TILE * head_dim)

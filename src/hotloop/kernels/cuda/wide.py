@@ -1,7 +1,7 @@
 """Launches of ``wide.cu``, the matrix product with up to 64 rows.
 
 A result has the bits that ``linear.cu`` gives: ``Tuning.warps`` of the weight is the number of
-parts into which K is divided. ``WideTuning`` affects speed alone.
+parts into which K is divided. ``WideTuning`` affects only speed.
 
 Shape letters: M rows, N output features, K input features.
 """
@@ -159,11 +159,11 @@ class WidePlan(GemmPlan):
 
     @property
     def is_staged_before(self) -> bool:
-        """Whether the kernel that computes x can store it as the operand; only with plain rows.
+        """Whether the kernel that computes x stores it as the operand, instead of ``staging``.
 
-        It cannot store the zeros that fill a stage in which a part of K ends. Packed weights need x
-        scaled, and most of them its sums; the kernel that computes x would take longer for these
-        than a separate kernel takes.
+        It does so only with plain rows, and if every part of K ends at the end of a stage: it
+        cannot store the zeros that fill an incomplete stage. For packed weights x must be scaled,
+        and for most of them summed, which a separate kernel does in less time.
         """
         parts, step = self.tuning.warps, stage_units(self.form)
         firsts = (self.form.units * part // parts for part in range(parts + 1))
@@ -175,7 +175,7 @@ class WidePlan(GemmPlan):
         Args:
             operand: ``operand_bytes`` bytes, to be written.
         """
-        assert self.is_staged_before, f"{self} is staged by a kernel of its own"
+        assert self.is_staged_before, f"the staging kernel stores x for {self}"
         assert operand.nbytes >= self.operand_bytes, f"{operand.nbytes} bytes"
         return NextOperand(
             operand=operand,
@@ -196,7 +196,7 @@ class WidePlan(GemmPlan):
             features_K: See ``call``.
         """
         prescaled = x if isinstance(x, PrescaledInput) else None
-        assert (prescaled is not None) == self.norm, "a prescaled input where there is a norm"
+        assert (prescaled is not None) == self.norm, "with a norm, x is a prescaled input"
         assert operand.nbytes >= self.operand_bytes, f"{operand.nbytes} bytes"
         args, tensors = StagingArguments.of(
             x=x.x if isinstance(x, PrescaledInput) else x,

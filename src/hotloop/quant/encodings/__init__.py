@@ -301,7 +301,7 @@ class Expected:
     shape: tuple[int | None, ...] | None = None
 
     def fits(self, entry: StoredTensor) -> bool:
-        """Tells whether a stored tensor has this type and shape."""
+        """Returns whether a stored tensor has this type and shape."""
         if self.dtype not in (None, entry.dtype):
             return False
         if self.shape is None:

@@ -82,7 +82,7 @@ class Awq:
 
 
 def _are_half(matrix: StoredMatrix, shape: tuple[int, int]) -> bool:
-    """Tells whether every zero point is half the range, as in a symmetric matrix."""
+    """Returns whether every zero point is half the range, as in a symmetric matrix."""
     entry = matrix.tensors[QZEROS]
     if (entry.shape, entry.dtype) != (shape, "I32"):
         return False  # an error names it when it is read

@@ -259,7 +259,7 @@ _FP4_GROUPS = {"F8_E4M3": 16, "F8_E8M0": 32, "U8": 32}
 
 
 def _is_fp4(matrix: StoredMatrix, scales: str) -> bool:
-    """Tells whether a matrix is stored as bytes, with scales of a type."""
+    """Returns whether a matrix is stored as bytes, with scales of a type."""
     (n, k), stored, group = matrix.shape, matrix.tensors, _FP4_GROUPS[scales]
     if PACKED not in stored or SCALE not in stored or k % group:
         return False
