@@ -261,7 +261,10 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
         ({"rope_scaling": {**LLAMA_3, "high_freq_factor": None}}, "needs high_freq_factor"),
         ({"rope_scaling": YARN | {"beta_slow": 40.0}}, "beta_slow 40.0 must not exceed"),
         ({"rope_scaling": YARN | {"finetuned": True}}, "finetuned: there is no such key"),
-        ({"rope_scaling": LONG | {"long_factor": [2.0] * 7}}, "long_factor has 7 values, and 8"),
+        (
+            {"rope_scaling": LONG | {"long_factor": [2.0] * 7}},
+            "long_factor has 7 values, and 8 frequencies need",
+        ),
         ({"rope_scaling": LONG | {"short_factor": [0.0] * 8}}, "short_factor[0]: must be"),
         ({"rope_theta": 0}, "rope_theta: must be above 1"),
         ({"rope_theta": -1e4}, "rope_theta: must be above 1"),

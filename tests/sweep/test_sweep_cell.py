@@ -242,7 +242,7 @@ def test_the_engine_is_closed_however_the_cell_ends(tmp_path, monkeypatch):
     assert [type(engine).__name__ for engine in closed] == ["ScoringEngine", "BrokenEngine"]
 
 
-GONE = RankError(1, 2, "is gone", "another process: out of memory")
+GONE = RankError(1, 2, "closed its connection", "another process: out of memory")
 
 
 def caused_by(cause: Exception) -> HotloopError:
@@ -260,7 +260,7 @@ def caused_by(cause: Exception) -> HotloopError:
         (torch.OutOfMemoryError("CUDA out of memory."), "oom", "out of memory in load: CUDA"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom", "CPUAllocator"),
         (MemoryError(), "oom", "out of memory in load: MemoryError"),
-        (GONE, "failed", "RankError in load: rank 1 of 2 is gone"),
+        (GONE, "failed", "RankError in load: rank 1 of 2 closed its connection"),
         (caused_by(GONE), "failed", "HotloopError in load: no step"),
         (caused_by(MemoryError()), "oom", "out of memory in load: MemoryError"),
         (CheckpointError("a.gguf", "truncated"), "failed", "CheckpointError in load: a.gguf"),

@@ -32,7 +32,7 @@ from stored_models import (
 from torch import Tensor
 from whole_models import write_folder
 
-from hotloop.quant.encodings.bits import centred, unpack
+from hotloop.quant.encodings.bits import centered, unpack
 from hotloop.quant.encodings.compressed_tensors import fp4_table
 from hotloop.weights.checkpoint import open_checkpoint
 
@@ -139,9 +139,9 @@ def compressed(scheme: QuantizationScheme, dtype: torch.dtype = torch.bfloat16) 
 def test_golden_words():
     assert pack(torch.arange(8)[None], 4).item() == 0x76543210
     negative = torch.tensor([[0x76543210]], dtype=torch.int32)
-    assert centred(unpack(negative, 4), 4).tolist() == [list(range(-8, 0))]
+    assert centered(unpack(negative, 4), 4).tolist() == [list(range(-8, 0))]
     positive = pack(torch.arange(8, 16)[None], 4)
-    assert centred(unpack(positive, 4), 4).tolist() == [list(range(8))]
+    assert centered(unpack(positive, 4), 4).tolist() == [list(range(8))]
     assert fp4_table(torch.device("cpu"))[[7, 15]].tolist() == [6.0, -6.0]
 
 
@@ -271,7 +271,7 @@ def test_zero_points_need_not_be_packed(tmp_path):
         if (made := compressed(scheme)(name, weight)) is None:
             return None
         packed = made[0][".weight_zero_point"]
-        zeros = centred(unpack(packed.T, 4), 4).T[: len(weight)].contiguous()
+        zeros = centered(unpack(packed.T, 4), 4).T[: len(weight)].contiguous()
         return made[0] | {".weight_zero_point": zeros}, made[1]
 
     assert_same_model(*write_stored(tmp_path, encode, description(scheme, format_=format_)))

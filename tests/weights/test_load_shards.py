@@ -185,7 +185,7 @@ def test_a_rank_reads_its_own_slices_of_matrices_only(
 ):
     if (path := kinds(tmp_path, quant, tied=False).get(kind)) is None:
         pytest.skip("nothing to store")
-    monkeypatch.setattr("hotloop.weights.tensor_file.WORTH_SKIPPING_BYTES", 1)
+    monkeypatch.setattr("hotloop.weights.tensor_file.MIN_SKIPPED_BYTES", 1)
     config = read_config(MODEL)
     options = {} if kind == "quantized" else {"quant": quant}
     shards = plan(config, 4, quant)
@@ -242,7 +242,7 @@ def test_columns_of_long_rows_are_read_alone_and_short_rows_whole(tmp_path, byte
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
 def test_columns_of_a_gguf_file_are_read_alone(kind, tmp_path, monkeypatch, bytes_read):
-    monkeypatch.setattr("hotloop.weights.tensor_file.WORTH_SKIPPING_BYTES", 1)
+    monkeypatch.setattr("hotloop.weights.tensor_file.MIN_SKIPPED_BYTES", 1)
     checkpoint = GGUFCheckpoint(write_gguf_model(tmp_path / "m.gguf", kind, tied=False))
     name = "model.layers.0.mlp.down_proj.weight"
     whole = checkpoint.read(name)

@@ -83,7 +83,7 @@ def holds(
     n = weight.shape[0]
     check = PackingCheck(kernel, n, paired=paired)
     chunks = (paired_chunks if paired else row_chunks_of)(weight, rows)
-    packing = pack_in_chunks(kernel, (fault(check.seen(c)) for c in chunks), n, paired=paired)
+    packing = pack_in_chunks(kernel, (fault(check.record(c)) for c in chunks), n, paired=paired)
     while True:
         try:
             next(packing)
@@ -167,7 +167,7 @@ def test_rows_that_are_put_in_a_wrong_place_are_noticed():
     weight = made("awq", 96, 512)
     kernel = Fused(spec_of(weight, device="cuda", fused=True))
     check = PackingCheck(kernel, 96)
-    (packed,) = kernel.pack(check.seen(weight))
+    (packed,) = kernel.pack(check.record(weight))
     assert check.compare([packed])
     assert not check.compare([packed.flip(0)]), "tiles in another order"
     packed[-1, -1, -1] ^= 1

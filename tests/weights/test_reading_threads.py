@@ -21,7 +21,7 @@ from hotloop.weights.tensor_file import N_THREADS, TensorFile, reading_threads
 def readers(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Has several threads read what is tiny, and returns the names of those that did."""
     monkeypatch.setattr(tensor_file, "PART_BYTES", 16)
-    monkeypatch.setattr(tensor_file, "WORTH_SKIPPING_BYTES", 8)
+    monkeypatch.setattr(tensor_file, "MIN_SKIPPED_BYTES", 8)
     names, read = set(), TensorFile._read_into
 
     def seen(file: TensorFile, rest: memoryview, offset: int) -> None:

@@ -168,7 +168,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(find):
 
 @pytest.mark.parametrize("find", [resolve_model, pull])
 def test_a_shape_is_not_taken_for_a_model_with_weights(find):
-    with pytest.raises(ModelNotFoundError, match="only a shape, without weights: take random"):
+    with pytest.raises(ModelNotFoundError, match="only a shape, without weights: use random"):
         find("llama-2-13b")
 
 
@@ -247,8 +247,11 @@ def http_error(kind: type[Exception]) -> Exception:
     ("error", "says"),
     [
         (http_error(hub_errors.GatedRepoError), r"is gated: accept its terms at https://.*hf auth"),
-        (http_error(hub_errors.RepositoryNotFoundError), r"shows you no repository 'org/model'"),
-        (http_error(hub_errors.HFValidationError), r"shows you no repository"),
+        (
+            http_error(hub_errors.RepositoryNotFoundError),
+            r"has no repository 'org/model' that you can read",
+        ),
+        (http_error(hub_errors.HFValidationError), r"has no repository"),
         (http_error(hub_errors.HfHubHTTPError), r"what the hub said on two lines"),
         (hub_errors.LocalEntryNotFoundError("no way out"), r"no way out.*copy the repository"),
         (OSError(28, "No space left on device"), r"No space left"),

@@ -145,7 +145,7 @@ class IfNodes:
 
         Args:
             decide: Launches a kernel that sets the condition of the node with this handle; None if
-                there is no node. Neither that kernel nor the body may overlap with neighbouring
+                there is no node. Neither that kernel nor the body may overlap with neighboring
                 kernels, since an IF node has no programmatic edges.
             body: The work.
 

@@ -25,7 +25,7 @@ Activation = Literal["silu", "gelu_tanh"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding.
+    """The settings of rotary position embedding.
 
     Attributes:
         theta: Base of the geometric series of wavelengths.
@@ -150,7 +150,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """The attention of a layer.
+    """The configuration of a layer's attention.
 
     Attributes:
         hidden_size: Width of the residual stream.
@@ -179,7 +179,9 @@ class AttentionConfig:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        assert self.n_heads % self.n_kv_heads == 0, f"{self.n_heads} heads, {self.n_kv_heads} pairs"
+        assert self.n_heads % self.n_kv_heads == 0, (
+            f"{self.n_heads} query heads for {self.n_kv_heads} key/value heads"
+        )
         assert self.rope.rotary_dim(self.head_dim) % 2 == 0, "elements are rotated in pairs"
 
     @property
@@ -218,7 +220,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
-    """The gated feed-forward of a layer.
+    """The configuration of a layer's gated feed-forward.
 
     Attributes:
         hidden_size: Width of the residual stream.
@@ -275,11 +277,11 @@ class FeedForwardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """One layer.
+    """The configuration of one layer.
 
     Attributes:
-        attention: Its attention.
-        feed_forward: Its feed-forward.
+        attention: The configuration of its attention.
+        feed_forward: The configuration of its feed-forward.
     """
 
     attention: AttentionConfig
@@ -292,7 +294,7 @@ class LayerConfig:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix of the layer, in the order in which a token meets them."""
+        """Every matrix of the layer, in the order of the computation."""
         return (*self.attention.matrices, *self.feed_forward.matrices)
 
     @property
@@ -335,7 +337,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder: its layers, embedding and head.
+    """The configuration of a decoder: its layers, embedding and head.
 
     Attributes:
         family: Registered name of the family that made this configuration.
@@ -362,7 +364,7 @@ class ModelConfig:
 
     @property
     def kinds(self) -> dict[LayerConfig, int]:
-        """The distinct layer configurations, by first appearance, and how many layers have each."""
+        """The distinct layer configurations in order, each with the number of its layers."""
         return {kind: self.layers.count(kind) for kind in dict.fromkeys(self.layers)}
 
     @property

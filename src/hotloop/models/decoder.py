@@ -198,13 +198,13 @@ def call(part: Callable[..., Any], /, *args: Any) -> Any:
 
 
 class Decoder(nn.Module):
-    """Token ids in, hidden states and logits out, with keys and values in a cache.
+    """A decoder that computes hidden states and logits from token ids, with a key/value cache.
 
     It is made without weights: ``weights.load`` assigns them one by one. A rank's shard is made
     from a configuration with that rank's numbers of heads and features.
 
     Args:
-        config: The shape.
+        config: The configuration of the model, or of a rank's shard of it.
         n_positions: Number of positions in the rotary tables.
         attention: The implementation of attention.
         device: The device of the rotary tables.

@@ -176,8 +176,8 @@ class ModelKeys(StrictModel):
             factors = getattr(self.rope, key)
             if factors is not None and len(factors) != rotated // 2:
                 raise ValueError(
-                    f"{key} has {len(factors)} values, and {rotated // 2:.0f} frequencies are to "
-                    "be divided"
+                    f"{key} has {len(factors)} values, and {rotated // 2:.0f} frequencies need a "
+                    "divisor each"
                 )
         return self
 
@@ -192,7 +192,7 @@ class WindowKeys(ModelKeys):
     ) = None
 
     def windowed(self) -> tuple[bool, ...]:
-        """Tells for each layer whether it has a window; without ``layer_types`` all have."""
+        """Returns whether each layer has a window; without ``layer_types`` every layer has one."""
         if self.layer_types is None:
             return (self.sliding_window is not None,) * self.num_hidden_layers
         return tuple(kind == "sliding_attention" for kind in self.layer_types)

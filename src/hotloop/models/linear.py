@@ -97,7 +97,10 @@ class Linear(nn.Module):
         device: torch.device,
         fused: bool = False,
     ) -> Iterator[int]:
-        """Does what ``assign`` does without verifying; yields the rows packed each time."""
+        """Packs and assigns a weight without verifying it; yields the number of rows of each chunk.
+
+        The arguments are those of ``assign``.
+        """
         weights = (weight,) if isinstance(weight, Tensor | QTensor) else weight
         specs = [
             LinearSpec(
@@ -145,7 +148,7 @@ class Linear(nn.Module):
         self._use()
 
     def share_high_plane(self, of: Linear) -> None:
-        """Takes the high plane of a nested weight, and shares its memory."""
+        """Uses the high plane of a nested weight in place, without a copy."""
         self._clear()
         for (kernel, spec, _), piece in zip(of._pieces, of.pieces, strict=True):
             high, packed = kernel.high_plane(piece.packed)
@@ -188,7 +191,7 @@ class Linear(nn.Module):
 
         def placed(rows: Tensor | QTensor) -> Tensor | QTensor:
             assert rows.shape[1] == self.k, f"{rows.shape} for {self.n, self.k}"
-            return check.seen(
+            return check.record(
                 rows.to(device) if isinstance(rows, QTensor) else rows.to(device, spec.dtype)
             )
 
@@ -196,7 +199,7 @@ class Linear(nn.Module):
         if kernel.keeps_rows and not isinstance(weight, RowStream):
             chunks = [weight]  # an embedding may share it
         elif isinstance(weight, RowStream):
-            assert not paired, "halves of a stream come one after the other"
+            assert not paired, "a stream has one half after the other"
             chunks = weight.chunks(step)
         else:
             chunks = (paired_chunks if paired else row_chunks_of)(weight, step)
@@ -236,7 +239,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a weight [n, k] by token id. Only the rows that are looked up are read."""
+    """An embedding: looks up rows of a weight [n, k] by token id, and reads only those rows."""
 
     def __init__(self, n: int, k: int) -> None:
         super().__init__()

@@ -4,16 +4,16 @@
 gloo on CPUs and NCCL on GPUs. The all-reduce after a row-parallel projection is a torch operator
 that is opaque to the compiler, so that compiled regions and CUDA graphs can contain it.
 
-Ranks on the CPUs of one machine exchange their parts through shared memory
+Ranks on the CPUs of one machine exchange their addends through shared memory
 (``kernels/cpu/exchange.h``), since gloo takes a millisecond or more for an all-reduce of a single
-token, and a step has two all-reduces per layer. Each rank adds the parts in float32 in the order of
-ranks, so all ranks get the same bits.
+token, and a step has two all-reduces per layer. Each rank sums the addends in float32 in the order
+of ranks, so all ranks get the same bits.
 
 On GPUs the activations of a single token are a few KiB, for which an all-reduce by NCCL is mostly
 latency. If all ranks can read each other's memory, small all-reduces use torch's symmetric memory
 instead, unless NCCL is requested: each rank reads the other ranks' values itself, in one kernel.
-Ranks may then sum in different orders and differ by rounding; therefore decisions on which ranks
-must agree (tokens) use exact comparisons. The fused step uses neither: its kernels
+Ranks may then sum in different orders and differ by rounding; therefore tokens, on which ranks must
+agree, are chosen by exact comparisons. The fused step uses neither backend: its kernels
 (``kernels.cuda.step``) write to each other's ``inboxes``, which are symmetric memory too.
 """
 
@@ -70,7 +70,7 @@ class Group:
 
     @property
     def sums_in_one_order(self) -> bool:
-        """Whether the bits of an element's sum do not depend on its place in a tensor."""
+        """Whether the bits of an element's sum do not depend on its position in a tensor."""
         return True
 
     def sum(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class ProcessGroup(Group):
 
     @property
     def sums_in_one_order(self) -> bool:
-        """See ``Group``; with gloo or NCCL, the first summand of an element may be any rank's."""
+        """See ``Group``. With gloo or NCCL, the order of addends depends on the position."""
         return self._shared is not None
 
     def sum(self, x: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def _symmetric_buffer(
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if _agreed(group, reason, device):
             return buffer, None
-    return None, reason or "another rank cannot"
+    return None, reason or "another rank cannot use symmetric memory"
 
 
 def _symmetric_unavailable_reason(size: int, device: torch.device) -> str | None:

@@ -5,7 +5,7 @@ them. A thread watches every rank's connection and process, so that the caller n
 rank that has ended. When a rank fails, all ranks are ended, and the caller gets the error of the
 first failure, not the errors that it caused in other ranks.
 
-Each rank leads a session of its own: a Ctrl-C at the terminal reaches only the caller, and ending a
+Each rank leads a process session: SIGINT from the terminal reaches only the caller, and ending a
 rank ends the processes that it started. Ranks detect the end of the caller by their connection (see
 ``link``) and by their parent process (see ``program``).
 
@@ -161,13 +161,13 @@ class Ranks:
             for rank in self._ranks:
                 with suppress(OSError):  # the rank is gone: the watch reports it
                     send(rank.connection, (self._number, command))
-        except BaseException:  # a Ctrl-C within a message: ranks could not parse the next one
+        except BaseException:  # KeyboardInterrupt in mid-message makes the next one unreadable
             self.end()
             raise
         return reply
 
     def end(self) -> None:
-        """Ends every rank; does nothing the second time."""
+        """Ends every rank; later calls do nothing."""
         self._finalizer()
 
 
@@ -306,7 +306,7 @@ class _Watch:
             problem = f"failed in {self._phase}: {failure.summary}"
             return RankError(rank.index, n_ranks, problem, _last_lines(rank.log))
         if rank.process is None:
-            return RankError(rank.index, n_ranks, f"is gone, in {self._phase}")
+            return RankError(rank.index, n_ranks, f"closed its connection in {self._phase}")
         code = rank.process.wait(PEER_GRACE_S)
         if rank.process.oom_killed():
             return OutOfMemoryError(self._phase)

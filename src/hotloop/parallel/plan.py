@@ -28,9 +28,9 @@ Axis = Literal["heads", "kv_heads", "features"]
 """A dimension of a layer that ranks split."""
 
 _UNITS = (128, 64, 32, 16, 8, 4, 2, 1)
-_FRIENDLY = 32
-"""The fewest contiguous features that kernels read efficiently; only tiny models are split finer.
-"""
+_MIN_CONTIGUOUS = 32
+"""The minimum number of contiguous features that kernels read efficiently. Only tiny models are
+split into fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def plan_shards(
         vocab_size: Rows of the head.
 
     Raises:
-        UnsupportedError: The model cannot be split over so many ranks; the message names the
+        UnsupportedError: The model cannot be split over this many ranks; the message names the
             numbers that work.
     """
     shapes = tuple(dict.fromkeys(layers))
@@ -170,7 +170,7 @@ def _split_finely(n: int, n_parts: int, alignment: int) -> list[range] | None:
     possible = [unit for unit in units if -(-n // unit) >= n_parts]
     if not possible:
         return None
-    round_ones = [unit for unit in possible if unit >= _FRIENDLY] or possible
+    round_ones = [unit for unit in possible if unit >= _MIN_CONTIGUOUS] or possible
     splits = {unit: _split(n, n_parts, unit) for unit in round_ones}
     return min(splits.values(), key=lambda shares: len(shares[0]))  # the first, largest unit wins
 

@@ -21,8 +21,8 @@ from hotloop.kernels import cpu
 _KEY = "shared_memory"
 
 _SECRET_BYTES = 16
-"""Bytes after those of the exchanges that identify the file: on another machine or in another
-container, the process id may be that of another process."""
+"""Random bytes behind the exchanges, by which a rank verifies that it opened the right file: on
+another machine or in another container, the process id may belong to another process."""
 
 
 class SharedMemory:

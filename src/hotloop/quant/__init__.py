@@ -49,11 +49,19 @@ class Scheme(Protocol):
 
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Scheme:
-        """Returns the scheme with the options that followed its name; ConfigError for a bad one."""
+        """Returns the scheme with the options that followed its name.
+
+        Raises:
+            ConfigError: There is no such option, or two contradict each other.
+        """
         ...
 
     def check(self, name: str, n: int, k: int) -> None:
-        """Raises ConfigError if this scheme cannot quantize the weight ``name`` of shape [n, k]."""
+        """Checks that this scheme can quantize the weight ``name`` of shape [n, k].
+
+        Raises:
+            ConfigError: It cannot; the message names the weight and what would fit.
+        """
         ...
 
     def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> Tensor | QTensor:
@@ -91,7 +99,7 @@ def parse_scheme(name: str) -> Scheme:
     """
     base, *options = name.split("-")
     if base not in SCHEMES:
-        hint = "quant auto, the default, reads files of AWQ, GPTQ, GGUF and others as they are."
+        hint = "quant auto, the default, keeps the quantization of AWQ, GPTQ, GGUF and other files."
         raise UnknownNameError("quantization scheme", base, (*SCHEMES, *WITH_OPTIONS), hint)
     return resolve("quantization scheme", SCHEMES, base).from_options(tuple(options))
 

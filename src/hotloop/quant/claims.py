@@ -2,8 +2,8 @@
 
 Quantizers describe their result in ``quantization_config`` of ``config.json``, or in a file beside
 it. The description is validated, and becomes a :class:`Claim` for each matrix. The tensors of a
-matrix decide its encoding. A claim settles what tensors leave open; a claim that contradicts the
-tensors is an error (``quant.encodings``).
+matrix determine its encoding. A claim is used for properties that the tensors do not determine; a
+claim that contradicts the tensors is an error (``quant.encodings``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hotloop.outside import StrictModel, config_error, validated
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The claim of a configuration about one matrix; a field is None if it says nothing about it.
+    """What a configuration states about one matrix; a field is None if it states nothing.
 
     Attributes:
         quantized: Whether it is quantized.
@@ -31,7 +31,7 @@ class Claim:
         block: Output and input features that share a scale.
         symmetric: Whether zero points are half the range.
         version: The version of GPTQ's zero points.
-        version_is_said: Whether the configuration has the version; otherwise ``version`` is the
+        version_is_stated: Whether the configuration has the version; otherwise ``version`` is the
             default.
         label: The method and format, for errors.
     """
@@ -43,7 +43,7 @@ class Claim:
     block: tuple[int, int] | None = None
     symmetric: bool | None = None
     version: int | None = None
-    version_is_said: bool = True
+    version_is_stated: bool = True
     label: str = "no method"
 
 
@@ -266,7 +266,7 @@ class _Gptq(_MadeByGptqModel):
             group_size=own.group_size or self.group_size,
             symmetric=self.sym if own.sym is None else own.sym,
             version=versions.get(format_),
-            version_is_said=said is not None,
+            version_is_stated=said is not None,
             label=f"gptq, checkpoint_format {format_}",
         )
 

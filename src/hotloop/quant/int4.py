@@ -67,7 +67,7 @@ _Grid = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Int4:
-    """Groupwise int4.
+    """The scheme int4, in groups.
 
     Attributes:
         group_size: Input features that share a scale.
@@ -81,7 +81,7 @@ class Int4:
 
     @property
     def name(self) -> str:
-        """Such as ``int4-g64``, ``int4-g32-asym`` or ``int4-g64-cal``."""
+        """The name, such as ``int4-g64``, ``int4-g32-asym`` or ``int4-g64-cal``."""
         suffix = {"none": "", "offset": "-asym", "integer": "-zp"}[self.zero]
         return f"int4-g{self.group_size}{suffix}" + ("-cal" if self.calibrated else "")
 
@@ -226,9 +226,9 @@ class Int4:
             mean = (groups * weights).sum(dim=2, keepdim=True) / total
         elif offset is not None:
             values -= offset[:, :, None]
-        centred = values - mean_value
-        weighted = centred * weights
-        squares = (centred * weighted).sum(dim=2)
+        centered = values - mean_value
+        weighted = centered * weights
+        squares = (centered * weighted).sum(dim=2)
         fitted = ((groups - mean) * weighted).sum(dim=2) / squares
         fitted = fitted.to(SCALE_DTYPE)
         fitted = torch.where(fitted.isfinite() & (fitted != 0), fitted, scale)

@@ -1,6 +1,7 @@
 """int8, weight only: round to nearest, with a scale per output channel or for groups.
 
-Per channel (``int8``) it is symmetric, -127…127, and the scale is float32, which costs nothing.
+Per channel (``int8``) it is symmetric, -127…127, and the scale is float32: one per row adds hardly
+any bytes.
 
 In groups along the input features (``int8-g128``) it is *nested*: integers are -128…119, each 16 h
 + l with h and l in -8…7. The integers h alone are an int4 weight with the same groups and 16 times
@@ -26,7 +27,7 @@ QMAX = 127  # -128 is left unused, so that the grid is symmetric
 
 @dataclass(frozen=True)
 class Int8:
-    """int8.
+    """The scheme int8, per output channel or in groups.
 
     Attributes:
         group_size: Input features that share a scale; None for a scale per output channel.
@@ -36,7 +37,7 @@ class Int8:
 
     @property
     def name(self) -> str:
-        """``int8``, or such as ``int8-g128``."""
+        """The name, such as ``int8`` or ``int8-g128``."""
         return "int8" if self.group_size is None else f"int8-g{self.group_size}"
 
     @classmethod

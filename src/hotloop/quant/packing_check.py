@@ -21,7 +21,7 @@ _ROWS = 8
 
 
 class PackingCheck:
-    """Compares rows of one weight; ``seen`` gets the rows while they are packed.
+    """Compares rows of one weight before and after packing; ``record`` gets the rows.
 
     Args:
         kernel: The kernel that packs it.
@@ -32,12 +32,12 @@ class PackingCheck:
     def __init__(self, kernel: LinearKernel, n: int, *, paired: bool = False) -> None:
         self._kernel, self._n = kernel, n
         self._halves = 2 if paired else 1
-        # Those below count the rows of one half.
+        # The following attributes count the rows of one half.
         self._unit = kernel.unit_rows // self._halves
         self._end, self._taken = 0, 0
         self._samples: list[tuple[range, list[Tensor]]] = []
 
-    def seen(self, chunk: Tensor | QTensor) -> Tensor | QTensor:
+    def record(self, chunk: Tensor | QTensor) -> Tensor | QTensor:
         """Records the rows that are packed next, and returns them."""
         rows, last = chunk.shape[0] // self._halves, self._n // self._halves
         most = -(-_ROWS // self._unit) * self._unit
@@ -61,7 +61,7 @@ class PackingCheck:
 
     def compare(self, packed: Sequence[Tensor]) -> Tensor:
         """Returns whether the packed rows equal the recorded ones: bool [], on their device."""
-        assert self._end * self._halves == self._n, "every row was seen"
+        assert self._end * self._halves == self._n, "every row must be recorded"
         expected = torch.cat([taken[i] for i in range(self._halves) for _, taken in self._samples])
         axes = self._kernel.row_axes(packed)
         parts = [

@@ -65,7 +65,7 @@ def _pieces(stream: RowStream) -> Iterator[Tensor | QTensor]:
 def split(pairs: Iterable[tuple[Value, Value]]) -> tuple[Iterator[Value], Iterator[Value]]:
     """Returns iterators of the first and of the second values of pairs; each pair is made once.
 
-    Values that one iterator has not yet taken are kept. ``in_step`` limits them to a few.
+    Values that one iterator has not yet taken are kept. ``interleave`` limits them to a few.
     """
     source, waiting = iter(pairs), (deque[Value](), deque[Value]())
 
@@ -82,7 +82,7 @@ def _append(pair: tuple[Value, Value] | None, waiting: Sequence[deque[Value]]) -
     return pair is not None
 
 
-def in_step(*runs: Iterator[int]) -> None:
+def interleave(*runs: Iterator[int]) -> None:
     """Runs iterators to their ends; always advances the one with the smallest sum of values."""
     totals = dict.fromkeys(runs, 0)
     while totals:

@@ -66,7 +66,7 @@ class Checkpoint(Protocol):
     ) -> Tensor:
         """Reads one tensor on the CPU, into memory of its own, cut to ``index`` (steps of 1).
 
-        That memory is pinned with ``pinned``: a GPU copies from it by itself.
+        With ``pinned`` that memory is page-locked, so a GPU can copy from it asynchronously.
 
         Safetensors keep their stored type. GGUF's F32, F16 and BF16 keep theirs, and its block
         formats come dequantized to float32 or, with ``encoded``, as the bytes of whole blocks.
@@ -102,7 +102,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         return SafetensorsCheckpoint(path.parent)
     raise UnsupportedError(
-        f"{shorten(str(path))} is no checkpoint that can be read: give a folder with config.json "
+        f"{shorten(str(path))} is not a readable checkpoint: give a folder with config.json "
         "and safetensors, or a GGUF file. Pickles (.bin, .pt) are never loaded."
     )
 
@@ -138,7 +138,7 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
     embedding, and a missing bias of the output projection is left out.
 
     Returns:
-        The configuration, and a note for each switch that the tensors overruled.
+        The configuration, and a note for each switch in which the tensors override it.
 
     Raises:
         UnsupportedError: An architecture, key or value is not implemented.

@@ -87,7 +87,7 @@ class _Entry:
 
 
 class GGUFCheckpoint:
-    """A GGUF file, or one in parts. See :class:`hotloop.weights.checkpoint.Checkpoint`.
+    """A GGUF file, or the parts of a split one; see :class:`hotloop.weights.checkpoint.Checkpoint`.
 
     A model in parts (``name-00001-of-00003.gguf``) can be named by any part. All parts must exist,
     and ``path`` is the first, which holds the metadata.
@@ -173,10 +173,10 @@ class GGUFCheckpoint:
     ) -> Tensor:
         """Reads one tensor, or a slice of it, into memory of its own.
 
-        F32, F16 and BF16 keep their type, block formats are dequantized to float32, or uint8 bytes
-        of blocks with ``encoded``: the columns are then those of whole blocks. Only the rows of
-        ``index`` are read (of reordered rows, all rows of the affected heads), of long rows only
-        the columns of ``index``, and only the affected blocks are dequantized, a chunk at a time.
+        F32, F16 and BF16 keep their type. Block formats are dequantized to float32, a chunk at a
+        time; with ``encoded`` they are returned as uint8 bytes of whole blocks. Only the rows of
+        ``index`` are read; if rows are reordered, all rows of the affected heads; and if rows are
+        long, only the columns of ``index``, extended to whole blocks.
         """
         return _read(self._entries[name], index, encoded=encoded, pinned=pinned)
 
@@ -219,8 +219,8 @@ def _read_parts(path: Path) -> list[GGUFHeader]:
             raise CheckpointError(
                 part,
                 f"has split.no {shorten_value(at)} (the first is 0) and split.count "
-                f"{shorten_value(of)}, which its name does not say: the parts of a model must keep "
-                "the names they came with, NAME-00001-of-00003.gguf",
+                f"{shorten_value(of)}, which contradict its name: the parts of a model must keep "
+                "their original names, NAME-00001-of-00003.gguf",
             )
         headers.append(header)
     n_tensors = sum(len(header.tensors) for header in headers)

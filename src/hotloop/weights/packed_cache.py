@@ -441,7 +441,7 @@ class _Seen(StrictModel):
 
 def _content_hash(checkpoint: Path) -> str:
     """Returns ``hash_checkpoint``; for unchanged files, the previous result."""
-    checkpoint = checkpoint.absolute()  # not resolved: links' names identify parts
+    checkpoint = checkpoint.absolute()  # not resolved: the names of links identify the parts
     files = _states(checkpoint)
     folder = _folder(writable_cache_dir()) / "sources"
     name = hashlib.sha256(os.fsencode(checkpoint)).hexdigest()

@@ -77,8 +77,8 @@ def quantize_checkpoint(
 
     Raises:
         ConfigError: A scheme does not fit, changes nothing, or cannot be stored in the format; the
-            source is already quantized; the destination is in use; or the text is too short,
-            unreadable or of no use to the scheme.
+            source is already quantized; the destination is in use; or the text is too short or
+            unreadable, or the scheme uses no text.
         CheckpointError: The source is damaged or incomplete; ``dst`` is then not made.
     """
     refuse_occupied(dst)

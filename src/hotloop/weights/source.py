@@ -121,7 +121,7 @@ class Source(Protocol):
 
 
 def read_matrix(source: Source, request: Request) -> Tensor | QTensor:
-    """Returns a matrix, whole."""
+    """Returns a whole matrix."""
     return join_rows(source.pieces(request), request.n)
 
 
@@ -206,7 +206,8 @@ class CheckpointSource:
     Args:
         checkpoint: The open checkpoint.
         device: The device that quantizes: a GPU is faster than the host.
-        model: The model of whose tensors the checkpoint may have redundant ones; None allows none.
+        model: The model. The checkpoint may have tensors that are redundant for it; None allows no
+            redundant tensor.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
         reduce_max: Takes the maximum of statistics over ranks that read different columns.
         importance: See ``Importance``; None if no scheme is calibrated.
@@ -267,7 +268,7 @@ class CheckpointSource:
                 yield job()
             return
         announced = self._announced.popleft()
-        assert announced == request, f"{request.name} was not announced next"
+        assert announced == request, f"{request.name} is not the next requested matrix"
         while True:
             read = self._ahead.next()
             yield read
@@ -343,7 +344,7 @@ class CheckpointSource:
         return tensor.to(self.device, non_blocking=True)
 
     def read(self, name: str, index: tuple[slice, ...], *, encoded: bool = False) -> Tensor:
-        """Reads a tensor into memory that the device copies from by itself."""
+        """Reads a tensor; into page-locked memory if the device is a GPU."""
         pinned = self.device.type == "cuda"
         return self.checkpoint.read(name, index, encoded=encoded, pinned=pinned)
 

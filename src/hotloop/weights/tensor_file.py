@@ -8,9 +8,8 @@ time only the returned tensor and one chunk of at most ``CHUNK_BYTES`` are in me
 shards of 1 GiB in tensors of 128 MiB, read from end to end, raise the peak of resident memory by
 132 MiB; memory-mapped, by 1,028 MiB.
 
-What is large is read by several threads, each its own part into the same memory, so that no more is
-held: copying from the page cache is bound by a core, and a disk or a network serves several
-requests at once.
+A large tensor is read by several threads, which write their parts into the same memory: copying
+from the page cache is bound by one core, and a disk or a network serves several requests at once.
 
 The modules of formats interpret the bytes.
 """
@@ -33,13 +32,13 @@ CHUNK_BYTES = 8 * 2**20
 """Bytes that are read at once of a tensor that is sliced or dequantized."""
 
 N_THREADS = 8
-"""Threads that read one tensor, at most: the caller's is one of them."""
+"""The most threads that read one tensor, the calling thread included."""
 
 PART_BYTES = 2 * 2**20
-"""The least that a thread reads of a tensor: waking one takes some tens of microseconds, in which
-another copies a tenth of it."""
+"""The minimum number of bytes that a thread reads of a tensor. Waking a thread takes some tens of
+microseconds, in which another thread could copy a tenth of these bytes."""
 
-WORTH_SKIPPING_BYTES = 16 * 2**10
+MIN_SKIPPED_BYTES = 16 * 2**10
 """Within rows, reading skips unneeded bytes if they are at least this many. From the page cache,
 skipping was measured to double the time for rows of 16 KiB, and to cost nothing for rows of 56 KiB;
 from a disk or over a network it saves the bytes."""
@@ -51,7 +50,7 @@ class TensorInfo:
 
     Attributes:
         name: Its Hugging Face name, such as ``model.layers.0.self_attn.q_proj.weight``.
-        shape: As PyTorch has it: ``(out_features, in_features)`` for a linear layer.
+        shape: Its shape in PyTorch: ``(out_features, in_features)`` for a linear layer.
         dtype: The stored type, by the format's own name: ``BF16``, ``I32``, ``Q4_K``.
         file: The file that stores it.
         n_bytes: Its bytes in the file.
@@ -67,7 +66,7 @@ class TensorInfo:
 def reading_threads() -> Executor:
     """Returns the threads that read parts of tensors; they start when first needed.
 
-    The files of a checkpoint share them. Whoever makes them shuts them down, behind the last read.
+    The files of a checkpoint share them. The caller shuts them down, after the last read.
     """
     return ThreadPoolExecutor(N_THREADS - 1, thread_name_prefix="read-part")
 
@@ -77,7 +76,7 @@ class TensorFile:
 
     Args:
         path: The file.
-        threads: See ``reading_threads``; None to read on the caller's alone.
+        threads: See ``reading_threads``; None reads in the calling thread only.
 
     Raises:
         CheckpointError: The file cannot be opened, or is not a regular file.
@@ -92,9 +91,9 @@ class TensorFile:
         """Reads bytes ``offset`` to ``offset + n_bytes`` as a new uint8 tensor ``[n_bytes]``.
 
         Args:
-            offset: In bytes.
-            n_bytes: How many.
-            pinned: The tensor is in pinned memory, from which a GPU copies by itself.
+            offset: Position in the file, in bytes.
+            n_bytes: Number of bytes.
+            pinned: The tensor is in page-locked memory, so a GPU can copy from it asynchronously.
         """
         data = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
         self.read_into(data, offset)
@@ -115,7 +114,7 @@ class TensorFile:
         The bytes between are skipped, unless they are too few to be worth it.
         """
         start = offset + rows.start * row_bytes
-        if row_bytes - len(columns) < WORTH_SKIPPING_BYTES:
+        if row_bytes - len(columns) < MIN_SKIPPED_BYTES:
             whole = self.read(start, len(rows) * row_bytes).view(len(rows), row_bytes)
             return whole[:, columns.start : columns.stop]
         data = torch.empty(len(rows), len(columns), dtype=torch.uint8)
@@ -132,9 +131,9 @@ class TensorFile:
         """Reads parts of a range on several threads, and waits for all of them.
 
         Args:
-            whole: What is cut into parts.
+            whole: The range to divide.
             n_bytes: Bytes of the whole.
-            read: Reads a part. What it raises is raised.
+            read: Reads a part. Its exceptions are raised.
         """
         n_parts = max(min(N_THREADS, n_bytes // PART_BYTES), 1) if self._threads else 1
         step = -(-len(whole) // n_parts)

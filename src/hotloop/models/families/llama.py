@@ -8,7 +8,7 @@ from hotloop.models.keys import ModelKeys
 
 
 class LlamaKeys(ModelKeys):
-    """``attention_bias`` gives all four projections of attention a bias."""
+    """The keys of Llama. ``attention_bias`` gives all four projections of attention a bias."""
 
     attention_bias: bool = False
     mlp_bias: bool = False

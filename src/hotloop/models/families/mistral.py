@@ -1,4 +1,4 @@
-"""Mistral: Llama, in v0.1 with sliding-window attention."""
+"""Mistral: the architecture of Llama; v0.1 has sliding-window attention."""
 
 from __future__ import annotations
 

@@ -18,16 +18,17 @@ from hotloop.models.keys import WindowKeys
 
 
 class QwenKeys(WindowKeys):
-    """``use_sliding_window`` gives the layers from ``max_window_layers`` on a window.
+    """The keys of Qwen2 and Qwen3.
 
-    A missing window is 4096; null means no window.
+    ``use_sliding_window`` gives the layers from ``max_window_layers`` on a window. A missing window
+    is 4096; null means no window.
     """
 
     use_sliding_window: bool = False
     max_window_layers: Annotated[int, Field(ge=0, le=10_000)] = 28
 
     def windowed(self) -> tuple[bool, ...]:
-        """Tells for each layer whether it has a window."""
+        """Returns whether each layer has a window."""
         if not self.use_sliding_window:
             return (False,) * self.num_hidden_layers
         if self.layer_types is not None:

@@ -15,7 +15,7 @@ from hotloop.models.families.qwen2 import QwenKeys
 
 
 class Qwen3Keys(QwenKeys):
-    """``attention_bias`` gives all four projections of attention a bias."""
+    """The keys of Qwen3. ``attention_bias`` gives all four projections of attention a bias."""
 
     head_dim: Count | None = 128
     attention_bias: bool = False

@@ -2,7 +2,8 @@
 
 An encoding recognizes a matrix by the names, shapes and element types of its tensors, and decodes
 them into a ``QTensor`` without loss. The checkpoint's configuration makes a claim about the matrix
-(``quant.claims``): it settles what the tensors leave open, and a contradiction is an error.
+(``quant.claims``): it is used for properties that the tensors do not determine, and a contradiction
+is an error.
 """
 
 from __future__ import annotations
@@ -275,7 +276,8 @@ class Layout:
         bits: Bits of a stored element.
         surplus: Redundant tensors that may exist, by suffix.
         detail: A variant of the encoding, for messages.
-        assumption: A choice that neither tensors nor configuration settle, for messages.
+        assumption: An assumed property that neither tensors nor configuration determine, for
+            messages.
     """
 
     parts: Mapping[str, StoredPart]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
-from hotloop.quant.encodings.bits import as_bytes, centred
+from hotloop.quant.encodings.bits import as_bytes, centered
 from hotloop.quant.qtensor import QTensor
 
 QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
@@ -97,4 +97,4 @@ def _rows(words: Tensor) -> Tensor:
     rows = bytes_.new_empty(len(bytes_), 8, bytes_.shape[1])
     for i, place in enumerate(_ORDER):
         rows[:, i] = bytes_[:, :, place // 2] >> 4 * (place % 2) & 15
-    return centred(rows.flatten(0, 1), 4)
+    return centered(rows.flatten(0, 1), 4)

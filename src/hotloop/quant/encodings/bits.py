@@ -25,7 +25,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def pack(signed: Tensor, bits: int) -> Tensor:
-    """Packs int8 [..., K] into int32 [..., ⌈K * bits / 32⌉]: inverts ``centred`` of ``unpack``."""
+    """Packs int8 [..., K] into int32 [..., ⌈K * bits / 32⌉]: inverts ``centered`` of ``unpack``."""
     unsigned = signed.view(torch.uint8) + (1 << bits - 1)  # beyond 255 it wraps around
     unsigned = torch.nn.functional.pad(unsigned, (0, -signed.shape[-1] % (32 // bits)))
     if bits == 4:
@@ -33,7 +33,7 @@ def pack(signed: Tensor, bits: int) -> Tensor:
     return unsigned.contiguous().view(torch.int32)
 
 
-def centred(unsigned: Tensor, bits: int) -> Tensor:
+def centered(unsigned: Tensor, bits: int) -> Tensor:
     """Subtracts half the range: uint8 of 0…2^bits - 1 to int8."""
     # Beyond 127 the difference wraps around to the same int8.
     return (unsigned - (1 << bits - 1)).view(torch.int8)

@@ -67,7 +67,7 @@ class FourBits:
             return None
         entry = stored[description]
         if entry.dtype != "U8" or math.prod(entry.shape) > 2**16:
-            raise matrix.error(description, "is no text of a few hundred bytes")
+            raise matrix.error(description, "must be JSON text of a few hundred bytes")
         where = f"{entry.file}, tensor {matrix.name}{description}"
         said = parse_json(matrix.read(description).numpy().tobytes(), where)
         state = validated(_State, {k: v for k, v in said.items() if v is not None}, where)
@@ -81,7 +81,7 @@ class FourBits:
             )
         table = tuple(matrix.read(TABLE).tolist())
         if not all(map(math.isfinite, table)):
-            raise matrix.error(TABLE, "holds what is no finite number")
+            raise matrix.error(TABLE, "holds numbers that are not finite")
         blocks, nested = -(-n * k // state.blocksize), state.nested_blocksize
         group = math.gcd(state.blocksize, k)
 

@@ -29,7 +29,7 @@ from hotloop.quant.encodings import (
     StoredPart,
     sorted_features,
 )
-from hotloop.quant.encodings.bits import centred, unpack
+from hotloop.quant.encodings.bits import centered, unpack
 from hotloop.quant.qtensor import QTensor
 
 PACKED, SCALE, ZERO, G_IDX = (
@@ -72,7 +72,7 @@ class PackQuantized:
         permuted = order is not None
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
-            values = centred(unpack(parts[PACKED], bits)[:, : shape[1]], bits)
+            values = centered(unpack(parts[PACKED], bits)[:, : shape[1]], bits)
             features = sorted_features(parts[G_IDX]) if permuted else None
             return QTensor(
                 values=values.contiguous()
@@ -140,7 +140,7 @@ class IntQuantized:
                 zero=scales.zero,
             ),
             k=k,
-            bits=min(matrix.claim.bits or 8, 8),  # integers of fewer bits are stored so, too
+            bits=min(matrix.claim.bits or 8, 8),  # integers of fewer bits are stored in 8 bits too
             surplus=frozenset({SHAPE, ZERO}),
         )
 
@@ -367,7 +367,7 @@ class _Scales:
         zeros = parts[ZERO]
         if self._zero_bits is not None:
             bits = self._zero_bits
-            zeros = centred(unpack(zeros.T, bits), bits).T[: shape[0]]
+            zeros = centered(unpack(zeros.T, bits), bits).T[: shape[0]]
         return self._expand(zeros, shape)
 
     def _expand(self, per_group: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -380,7 +380,7 @@ def _are_zero(matrix: StoredMatrix, bits: int | None) -> bool:
     zeros = matrix.read(ZERO)
     if bits is None:
         return not bool(zeros.any())
-    return not bool(centred(unpack(zeros.T, bits), bits).T[: matrix.shape[0]].any())
+    return not bool(centered(unpack(zeros.T, bits), bits).T[: matrix.shape[0]].any())
 
 
 def _check_shape(matrix: StoredMatrix) -> None:

@@ -1,4 +1,4 @@
-"""e4m3 weights with scales, as of Hugging Face, DeepSeek, Qwen and compressed-tensors.
+"""e4m3 weights with scales, as Hugging Face, DeepSeek, Qwen and compressed-tensors store them.
 
 ``x.weight`` is float8_e4m3fn [N, K]. Weights are multiplied by the scale, even if its name is
 ``x.weight_scale_inv``. There is a single scale, one per output feature, or one per block of 128 by
@@ -52,7 +52,7 @@ class Fp8:
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             scale = parts[self.scale]
-            if powers:  # few operators take them by their type
+            if powers:  # few PyTorch operators support their type
                 scale = scale.view(torch.uint8)
             scale = scale.view(-1, 1 if groups.n == 1 else -(-shape[1] // groups.size))
             if rows == 0:

@@ -5,10 +5,10 @@
 ``weight = (q - zero) * scale``.
 
 Version 2 stores zero points as they are. Version 1 stores each zero point minus 1. Its writers
-subtract from whole words, so that a zero point of 0 borrows from its neighbour; to add the same
+subtract from whole words, so that a zero point of 0 borrows from its neighbor; adding the same
 number to the word is the exact inverse. Labels do not distinguish the versions reliably, because
-writers confuse them. The zero points of a symmetric matrix do: they are all half the range, or all
-one less.
+writers confuse them. The zero points of a symmetric matrix distinguish them: all are half the
+range, or all are one less.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart, sorted_features
 from hotloop.quant.encodings.awq import QWEIGHT, QZEROS, SCALES
-from hotloop.quant.encodings.bits import centred, unpack
+from hotloop.quant.encodings.bits import centered, unpack
 from hotloop.quant.qtensor import QTensor
 
 G_IDX = ".g_idx"
@@ -76,7 +76,7 @@ class Gptq:
         scale_dtype = matrix.scale_dtype(SCALES)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
-            values = centred(unpack(parts[QWEIGHT].T, bits), bits)
+            values = centered(unpack(parts[QWEIGHT].T, bits), bits)
             features = sorted_features(parts[G_IDX]) if permuted else None
 
             def grouped(per_group: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Gptq:
             bits=bits,
             surplus=frozenset({G_IDX}),
             detail=f"version {version}{', act-order' if permuted else ''}",
-            assumption="" if symmetric or matrix.claim.version_is_said else _ASSUMPTION,
+            assumption="" if symmetric or matrix.claim.version_is_stated else _ASSUMPTION,
         )
 
 
@@ -151,4 +151,4 @@ def _zero_points(words: Tensor, bits: int, version: int) -> Tensor:
     """Unpacks zero points to int8 [G, N], minus half the range."""
     if version == 1:
         words = (words.long() + _ONES[bits]).to(torch.int32)  # the carry leaves the word
-    return centred(unpack(words, bits), bits)
+    return centered(unpack(words, bits), bits)
