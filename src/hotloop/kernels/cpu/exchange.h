@@ -1,16 +1,16 @@
 // Exchanges among the ranks of one machine, through memory that all of them map.
 //
-// The activations of a token are about a kilobyte, which two processors share in a microsecond, and
-// which a socket takes a thousand times as long for: system calls, and threads that must be woken.
-//   - Each rank has two slots, which it alone writes, and a number, how many parts it has posted.
-//     In an exchange each posts its part, and then reads everybody's. Slots alternate: a rank
-//     that posts part n + 2 has seen everybody's part n + 1, which each posted after it had
-//     read the parts n. So nothing else need be acknowledged.
-//   - A rank that waits spins first, since the other's part mostly is microseconds away. After
-//     kPatience it sleeps (a futex) until the part is posted. It sleeps at once if the other last
-//     ran on the same processor, which it would keep from it: more ranks than processors, or
-//     pinned ones.
-// A rank that waits for a dead one sleeps until it is ended (parallel.launch).
+// The activations of a token are about a kilobyte. Two processors exchange them in a microsecond; a
+// socket would take a thousand times as long, for system calls and for waking threads.
+//   - Each rank has two slots and a counter of the messages that it has posted, which only this
+//     rank writes. In an exchange each rank posts its message, and then reads the messages of all
+//     ranks. Slots alternate: a rank that posts message n + 2 has read all messages n + 1, and each
+//     of these was posted after its rank had read the messages n. So no acknowledgment is needed.
+//   - A rank that waits spins first, since the other rank usually posts within microseconds. After
+//     kPatience it sleeps (a futex) until the message is posted. It sleeps at once if the other rank
+//     last ran on the same processor, because spinning would keep that rank from running. This
+//     happens with more ranks than processors, or with pinned ranks.
+// A rank that waits for a rank that has died sleeps until it is killed (parallel.launch).
 
 #pragma once
 
@@ -36,10 +36,10 @@ namespace hotloop {
 // The exchanges of one rank. All state is in the shared memory, which is initially zeros.
 class Exchange {
  public:
-  static constexpr size_t kPart = 1 << 16;  // bytes, the longest part
+  static constexpr size_t kMaxBytes = 1 << 16;  // of a message
 
   static constexpr size_t memory_bytes(int ranks) {
-    return ranks * (sizeof(Rank) + 2 * kPart);
+    return ranks * (sizeof(Rank) + 2 * kMaxBytes);
   }
 
   Exchange(std::byte* memory, int rank, int ranks)
@@ -48,15 +48,15 @@ class Exchange {
         rank_(rank),
         n_ranks_(ranks) {}
 
-  // Posts a part of this rank. When it returns, part_of() has every rank's, until the next call.
-  // Returns false if another rank's part has another length, which is an error of the caller.
-  bool post(const std::byte* part, size_t bytes) {
+  // Posts a message of this rank. When it returns, message_of() has the messages of all ranks, until
+  // the next call. Returns false if messages differ in length, which is an error of the caller.
+  bool post(const std::byte* message, size_t bytes) {
     Rank& mine = ranks_[rank_];
     number_ = mine.posted.load(std::memory_order_relaxed) + 1;
-    std::memcpy(slot(rank_), part, bytes);
+    std::memcpy(slot(rank_), message, bytes);
     mine.bytes[number_ % 2] = uint32_t(bytes);
     mine.processor.store(processor(), std::memory_order_relaxed);
-    // Either this sees the sleeper, or the sleeper sees the part.
+    // Either this rank sees the sleeper, or the sleeper sees the message.
     mine.posted.store(number_, std::memory_order_seq_cst);
     if (mine.sleepers.load(std::memory_order_seq_cst)) wake(mine.posted);
     bool alike = true;
@@ -67,26 +67,27 @@ class Exchange {
     return alike;
   }
 
-  const std::byte* part_of(int rank) const { return slot(rank); }
+  const std::byte* message_of(int rank) const { return slot(rank); }
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  // How long a rank spins before it sleeps: longer than ranks' shares differ in most steps.
+  // How long a rank spins before it sleeps: more than the difference between the ranks' computation
+  // times in most steps.
   static constexpr std::chrono::microseconds kPatience{200};
 
   struct alignas(64) Rank {
-    std::atomic<uint32_t> posted;    // the number of parts so far
-    std::atomic<uint32_t> sleepers;  // ranks that sleep until it changes
-    std::atomic<int32_t> processor;  // on which it posted the last one
-    uint32_t bytes[2];               // of the parts in its slots
+    std::atomic<uint32_t> posted;    // the number of messages so far
+    std::atomic<uint32_t> sleepers;  // the number of ranks that sleep until `posted` changes
+    std::atomic<int32_t> processor;  // on which this rank posted its last message
+    uint32_t bytes[2];               // lengths of the messages in its slots
   };
   static_assert(std::atomic<uint32_t>::is_always_lock_free, "other processes have no such lock");
 
-  std::byte* slot(int rank) const { return slots_ + (2 * rank + number_ % 2) * kPart; }
+  std::byte* slot(int rank) const { return slots_ + (2 * rank + number_ % 2) * kMaxBytes; }
 
   bool has_posted(const Rank& other) const {
-    // By the difference, since numbers wrap around.
+    // Compares by the difference, since numbers wrap around.
     return int32_t(other.posted.load(std::memory_order_seq_cst) - number_) >= 0;
   }
 
@@ -117,7 +118,7 @@ class Exchange {
     syscall(SYS_futex, &posted, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
   }
 #else
-  static int32_t processor() { return -1; }  // unknown: it never spins, but yields
+  static int32_t processor() { return -1; }  // unknown, so ranks yield instead of spinning
   void sleep(std::atomic<uint32_t>&) const { std::this_thread::yield(); }
   static void wake(std::atomic<uint32_t>&) {}
 #endif

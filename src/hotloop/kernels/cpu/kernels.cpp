@@ -260,7 +260,7 @@ void keep_threads(bool on) {
   if (omp_set_num_threads) omp_set_num_threads(on ? 1 : threads);
 }
 
-// By the C interface: the dispatcher would take a noticeable part of such short operators.
+// Uses the C interface, since the dispatcher would take a noticeable part of such short operators.
 Tensor new_tensor(int32_t dtype, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
@@ -634,7 +634,7 @@ struct GroupParameters {
   }
 };
 
-// Where the values of a vector of features begin, which each have a T in turn.
+// Where the values of a vector of features begin. Elements of type T of the features alternate.
 template <class T> const T* values_of(const GroupedWeight& weight, int64_t n) {
   return reinterpret_cast<const T*>(weight.values_of(n)) + n % kBlockFeatures;
 }
@@ -815,12 +815,13 @@ void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Valu
   const int64_t size = weight.size();
   const bool has_offset = weight.has_offset();
   const Values values(weight, n);
-  // Values prefetch the same bytes of what lies kAhead behind them; so must the sections before them.
+  // The loop over values prefetches as many bytes at a distance of kAhead as it reads. The sections
+  // before the values must do the same.
   if (n % kBlockFeatures == 0) {
     for (int64_t at = 0; at < weight.values_at; at += 64) prefetch(weight.block_of(n) + at);
   }
   GroupParameters parameters;
-  f32v scaled[R]{};  // in registers, as results need not be
+  f32v scaled[R]{};  // kept in registers, which the compiler does not ensure for `results`
   int64_t k = 0;
   for (int64_t first = 0; first < weight.G; first += parameters.kGroups) {
     const int64_t count = std::min(parameters.kGroups, weight.G - first);
@@ -1042,7 +1043,7 @@ Tensor linear_groups(const Tensor& x, const Tensor& description, const Tensor& b
   return y;
 }
 
-// Several weights, one after the other, are the weight of features that follow each other.
+// Several weights, concatenated along the output features.
 Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
               const std::optional<Tensor>& bias) {
   // Calls f(i, type, features) for each weight, which begins at tensor i, by its first tensor's type.
@@ -1142,9 +1143,9 @@ void attend(const Value* keys, const Value* values, int64_t length, int64_t E, c
   });
 }
 
-// Divides the cache into blocks, each for all tokens and query heads that share it, so that it is
-// read once. The blocks do not depend on the token, so that a token's sums do not depend on the
-// other tokens. A block without visible positions contributes nothing.
+// Divides the cache into blocks. A block is read once, for all tokens and query heads that share it.
+// The blocks do not depend on the token, so a token's sums do not depend on the other tokens. A
+// block without visible positions contributes nothing.
 template <class Value> struct Blocks final : hotloop::Task {
   Tensor k_cache, v_cache;
   std::vector<int64_t> seat;      // [B]: where in the caches
@@ -1285,8 +1286,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 
 // ------------------------------------------------------------------- norms, rope, SwiGLU, biases
 
-// They take about a microsecond per row. As PyTorch's operators they would be some forty calls a
-// layer, which take longer. They run on the calling thread.
+// They take about a microsecond per row, less than the some forty calls of PyTorch's operators per
+// layer that they replace. They run on the calling thread.
 
 void rms_norm_row(const uint16_t* x, const uint16_t* weight, int64_t D, double eps, uint16_t* y) {
   f32v squares{};
@@ -1439,8 +1440,8 @@ Tensor feed_forward_half(const Tensor& x, const Tensor& norm, double eps,
 
 int64_t exchange_bytes(int64_t ranks) { return hotloop::Exchange::memory_bytes(int(ranks)); }
 
-// Exchanges x with all ranks, piece by piece; calls f(exchange, begin, length) in bytes of x for
-// each, while the exchange has it.
+// Exchanges x with all ranks, piece by piece. Calls f(exchange, begin, length) for each piece, as
+// long as its messages are valid; begin and length are in bytes of x.
 template <class F>
 void for_pieces(const Tensor& x, const Tensor& memory, int64_t rank, int64_t ranks, F f) {
   STD_TORCH_CHECK(x.is_contiguous() && memory.is_contiguous(), "contiguous tensors");
@@ -1450,8 +1451,8 @@ void for_pieces(const Tensor& x, const Tensor& memory, int64_t rank, int64_t ran
   Exchange exchange(static_cast<std::byte*>(memory.mutable_data_ptr()), int(rank), int(ranks));
   const auto* data = static_cast<const std::byte*>(x.const_data_ptr());
   const size_t bytes = x.numel() * x.element_size();
-  for (size_t begin = 0; begin < bytes; begin += Exchange::kPart) {
-    const size_t length = std::min(bytes - begin, Exchange::kPart);
+  for (size_t begin = 0; begin < bytes; begin += Exchange::kMaxBytes) {
+    const size_t length = std::min(bytes - begin, Exchange::kMaxBytes);
     STD_TORCH_CHECK(exchange.post(data + begin, length), "ranks exchange tensors of one size");
     f(exchange, begin, length);
   }
@@ -1464,7 +1465,7 @@ template <class T> void add_parts(const hotloop::Exchange& exchange, int ranks, 
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t length = std::min(kBlock, n - begin);
     for (int rank = 0; rank < ranks; rank++) {
-      const T* part = reinterpret_cast<const T*>(exchange.part_of(rank)) + begin;
+      const T* part = reinterpret_cast<const T*>(exchange.message_of(rank)) + begin;
       for (int64_t i = 0; i < length; i++) sums[i] = (rank ? sums[i] : 0.0f) + float(part[i]);
     }
     for (int64_t i = 0; i < length; i++) sum[begin + i] = T(sums[i]);
@@ -1502,7 +1503,7 @@ Tensor gather_over_ranks(const Tensor& x, const Tensor& memory, int64_t rank, in
   const size_t stride = x.numel() * x.element_size();
   for_pieces(x, memory, rank, ranks, [&](const auto& exchange, size_t begin, size_t length) {
     for (int64_t r = 0; r < ranks; r++) {
-      std::memcpy(out + r * stride + begin, exchange.part_of(int(r)), length);
+      std::memcpy(out + r * stride + begin, exchange.message_of(int(r)), length);
     }
   });
   return gathered;

@@ -8,12 +8,12 @@
 // finish merges the partial results of all its blocks, in the order of chunks. Within a chunk there
 // are several chains of sums, which take tiles of 16 positions in turn. A warp computes one chain, or
 // several one after the other: a block then has fewer warps, and more blocks fit on a multiprocessor.
-// That is for many sequences, whose blocks would otherwise wait for others to end before they issue
-// their first loads.
+// With many sequences, some blocks would otherwise issue their first loads only when others have
+// ended.
 //
 // The history (the positions before the new tokens) was written before the decode step began, so it
-// is loaded before the wait for the qkv product: as many tiles as a warp's ring holds into shared
-// memory, and a few more into L2. The next kernel may start only when the qkv product has ended:
+// is loaded before the wait for the qkv projection: as many tiles as a warp's ring holds into shared
+// memory, and a few more into L2. The next kernel may start only when the qkv projection has ended:
 // its loads would otherwise be served before those of the new tokens.
 //
 // The length of a chunk grows with the number of positions that a token sees, so that a long
@@ -237,7 +237,7 @@ struct Attention {
     at.tile += kChains;
     skip_empty(at, first_tile, n_tiles);
   }
-  // Goes on to the next chain that has tiles, if this one has no more.
+  // Advances to the next chain that has tiles, if this one has no more.
   static __device__ __forceinline__ void skip_empty(Cursor& at, int first_tile, int n_tiles) {
     if constexpr (kTurns > 1)
       while (at.tile >= n_tiles && at.chain + kWarps < kChains)
@@ -250,7 +250,7 @@ struct Attention {
     uint32_t parity = 0;
   };
 
-  // Before the wait for the qkv product.
+  // Loads that are issued before the wait for the qkv projection.
 
   // The positions of a tile that the cache holds.
   __device__ __forceinline__ int cached_positions(int tile) const {

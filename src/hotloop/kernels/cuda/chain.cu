@@ -1,4 +1,4 @@
-// Decides whether a chain of drafts goes on, as hotloop/engine/chains.py defines it.
+// Decides whether a chain of drafts continues, as hotloop/engine/chains.py defines it.
 //
 // The kernels of each draft are in the body of an IF node; this kernel runs between two such bodies.
 // It starts after all kernels of one draft have ended, and the next draft starts after this kernel.

@@ -523,8 +523,8 @@ struct Share {
 
 // Waits until n warps have arrived, of blocks that are all running, and divides the work that is left
 // among them. Each lane of a warp sees what the same lanes of the others wrote. `mine` is this warp's
-// number of the n. The counter's low half counts arrivals, and its high half departures: the last
-// to depart resets both.
+// number among the n warps. The counter's low half counts arrivals, and its high half departures: the
+// last warp to depart resets both.
 __device__ __forceinline__ Share share_among(uint32_t* counter, uint32_t n, uint32_t mine,
                                              int lane) {
   __threadfence();

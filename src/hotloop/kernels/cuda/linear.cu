@@ -1,4 +1,4 @@
-// GEMV, and GEMM with few rows: y = epilogue(x @ weight.T), bound by the reading of the weight.
+// GEMV, and GEMM with few rows: y = epilogue(x @ weight.T), bound by reading the weight.
 //
 // The weight is the A operand of mma.m16n8k16 and lies in memory in the order of its fragments
 // (kernels/cuda/packing.py), so one read of shared memory by a lane *is* its operand. The rows of x
@@ -12,7 +12,7 @@
 // in which they are issued. The warps split K, so every block reads all of x; one more warp, the
 // epilogue warp, reduces their partial sums in a fixed order and applies the epilogue.
 //
-// An RMS norm before the product is split in two. The kernel that writes the norm's input also
+// An RMS norm before the GEMV is split in two. The kernel that writes the norm's input also
 // writes that input times the norm's weight (the prescaled input) and partial sums of its squares
 // (the norm epilogue); this kernel multiplies its sums by the row's factor, 1 / rms.
 //
@@ -33,7 +33,7 @@ constexpr int kBuffers = 2;  // of partial sums, between the warps and the epilo
 // whole or piece by piece.
 enum Input { kDirect, kStagedAtOnce, kStagedInParts };
 
-// kTiles: tiles that a warp computes from one reading of x. kOctets: octets of x. kFew: x has at
+// kTiles: tiles that a warp computes while it reads x once. kOctets: octets of x. kFew: x has at
 // most two rows.
 template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
           bool kNorm, Input kInput>
@@ -53,9 +53,9 @@ struct Linear {
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
   // Units that a warp interleaves, so that one hides the latency of the other.
   static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
-  // x that is not staged is loaded ahead (software pipelining), where registers allow: that of the
-  // next unit, or of plain rows that of four, since a load takes longer than the one slice of a unit;
-  // unless a unit of three tiles takes as long.
+  // x that is not staged is loaded in advance (software pipelining), where registers allow: for the
+  // next unit; or for the next four units with plain rows, whose units have a single slice and take
+  // less time than a load. With three tiles a unit takes as long as a load, so one is enough.
   static constexpr bool kPipelinesX = !kStaged && kOctets == 1;
   static constexpr int kUnitsAhead = kPipelinesX && Weight::kPlainRows && kTiles <= 2 ? 4 : 1;
   static constexpr bool kGathers = Weight::kPermuted && kStaged;
@@ -166,7 +166,7 @@ struct Linear {
     const int units = min(units_per_stage, end_unit - next.unit);
     const int bytes = units * Weight::kUnitBytes;
     uint8_t* to = ring + stage * stage_bytes;
-    if constexpr (Weight::kPlainRows) {  // always a whole box; what is too much is not read
+    if constexpr (Weight::kPlainRows) {  // always a whole box; surplus units are not read
       copy_begin(full + stage, stage_bytes, lane);
       copy_box(to, map, 32 * next.unit, next.item * kTiles, full + stage, next.policy, lane);
     } else {
@@ -214,7 +214,7 @@ struct Linear {
 
     uint4 next_x[kUnitsAhead][kUnitSlices];
     if (kPipelinesX) load_units(first_unit, next_x);
-    if (!kStaged) issue_up_to(next, stages);  // else they are issued behind the loads of x
+    if (!kStaged) issue_up_to(next, stages);  // else they are issued after the loads of x
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
       Sums sums[kStrandsOfLane] = {};
@@ -431,8 +431,8 @@ struct Linear {
     }
   }
 
-  // Takes x of the next units, which begin with `unit`, and loads that of those after them, all at
-  // once: a wait for one load of a warp is often one for all.
+  // Takes x of the units from `unit` on, which has been loaded, and loads x of the units after them,
+  // all at once: waiting for one load of a warp often means waiting for all of them.
   __device__ __forceinline__ void take_next_x(int unit, bool is_last,
                                               uint4 next_x[kUnitsAhead][kUnitSlices],
                                               uint4 here[kUnitsAhead][kUnitSlices]) const {

@@ -76,7 +76,7 @@ struct Shared {
   // Adds each lane's token to the histogram, if it is inside. All lanes of a warp call it together.
   __device__ __forceinline__ void add(bool inside, uint32_t bin, uint64_t weight, bool weighted,
                                       int lane) {
-    // Equal scores would serialize on the atomics of one bin, so that the warp sums them first.
+    // Equal scores would serialize on the atomics of one bin, so the warp sums them first.
     const uint32_t first = shuffle(bin, 0);
     const bool together = all_lanes(inside && bin == first);
     if (together && weighted)

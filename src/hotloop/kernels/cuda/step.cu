@@ -106,7 +106,7 @@ __device__ __forceinline__ void add(const AddArgs& args) {
 }
 
 struct AllReduceArgs {
-  const bf16* local;       // [M, K]: this rank's part
+  const bf16* local;       // [M, K]: this rank's addend
   const bf16* residual;    // [M, K]
   bf16* x;                 // [M, K]: residual + the sum over ranks; may be residual
   const bf16* next_norm;   // [K]: weight of the norm that follows
@@ -117,7 +117,7 @@ struct AllReduceArgs {
   int k, rank, capacity;
 };
 
-// One-shot all-reduce: adds every rank's part, in the order of ranks, to the residual stream, and
+// One-shot all-reduce: adds every rank's addend, in the order of ranks, to the residual stream, and
 // applies the norm epilogue. A block per blockDim.x * 8 values of a row; K is a multiple of 8.
 //
 // A thread stores its values to the other ranks' inboxes, and waits for theirs. Inboxes are double
@@ -142,7 +142,7 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
     local = reinterpret_cast<const uint4*>(args.local)[first + i];
     x = reinterpret_cast<const uint4*>(args.residual)[first + i];
   }
-  sync_block();  // every thread has read the round, which the first thread is going to write
+  sync_block();  // every thread has read the round, before the first thread writes it
   float squares = 0;
   if (here) {
     const auto entry = [&](int to, int from) {
@@ -203,7 +203,7 @@ __device__ __forceinline__ Best row_best(const float* values, const int* indices
   return warp_best(best);
 }
 
-// The argmax of each row, from the best of each block of the head's product. One warp per row.
+// The argmax of each row, from the best logit of each block of the head's GEMM. One warp per row.
 __device__ __forceinline__ void argmax(const ArgmaxArgs& args) {
   launch_dependents();
   wait_for_predecessor();

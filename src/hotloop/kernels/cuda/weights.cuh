@@ -19,9 +19,9 @@ constexpr uint32_t kOnes = 0x3f803f80u;
 // range of float.
 //
 // kUnitK: input features of a unit. kGroupSlices: slices that share a scale, 0 where the scale is
-// per output feature. kSliceGroups: groups of a slice, 2 where each of its two mma has a group of
-// its own, and else 1. kStrands: groups of a unit (pairs of them, where a slice has two). The groups
-// at the same place of all units are a strand, which has a sum of its own. kOneChain: a group's mma
+// per output feature. kSliceGroups: groups of a slice, 2 where each of its two mma has its own group,
+// and else 1. kStrands: groups of a unit (pairs of them, where a slice has two). The groups at the
+// same position of all units are a strand, which has its own sum. kOneChain: a group's mma
 // use one accumulator, not two. kZero: the kind of zero that groups have beside a scale. kZeroPoint:
 // operand minus weight, subtracted through the sums of x. kNeedsSums: the kernel needs these sums.
 // kTerms: number of operands whose sum is a weight. kPermuted: the order of columns differs from that

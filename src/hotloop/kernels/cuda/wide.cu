@@ -9,8 +9,8 @@
 // The kernel before it (Staging) stores x in that layout (operand.cuh), once for all blocks: scaled as
 // the weight type needs it, with the features in the order of the weights' fragments, permuted against
 // bank conflicts, and with the sums of x for the zero points. So one bulk copy loads a stage's part of
-// x. Other blocks of Staging compute the factors of an RMS norm at the same time. Staging is small
-// enough to wait on a multiprocessor beside a block of Wide.
+// x. Other blocks of Staging compute the factors of an RMS norm at the same time. A block of Staging
+// is small enough to be resident on a multiprocessor together with a block of Wide.
 //
 // Weights in plain rows need x neither scaled nor reordered. So the kernel that computes x stores it
 // in that layout itself, and no Staging runs between the two. Exceptions: x is a sum over ranks or over
@@ -25,9 +25,9 @@
 //
 // Split K: where there are fewer groups of tiles than multiprocessors, several blocks share a
 // group, each with some whole parts of K. They store the parts' sums in a workspace, and of the
-// warps with the same tiles the last to arrive adds them in order and applies the epilogue. Of eight
-// octets that would be as much to read as a third of the group's weights: there the warps wait for
-// each other, and each does so for some octets.
+// warps with the same tiles the last to arrive adds them in order and applies the epilogue. With eight
+// octets that warp would read as many bytes as a third of the group's weights: then these warps wait
+// for each other, and each adds the sums of some of the octets.
 //
 // Letters and fragments: see linear.cuh. An item of work is a group of tiles and a share of K; a
 // line is 64 input features of a row of x.
@@ -251,8 +251,8 @@ struct Wide : StageOf<Weight, kOctets> {
     first_part = first_unit + a.parts + 1;
   }
 
-  // Each role has variables of its own: shared ones would not fit the few registers of the warps that
-  // load, and memory would hold them for the others too.
+  // Each role has its own variables. Shared ones would not fit the few registers of the warps that
+  // load, so the compiler would spill them to memory in all warps.
   static __device__ __forceinline__ void run(const LinearArgs& args, const TensorMap* map) {
     if (threadIdx.x < 32 * kWarps) {
       take_registers<kMultiplyRegisters>();
@@ -301,7 +301,7 @@ struct Wide : StageOf<Weight, kOctets> {
     if (at.unit >= at.end_unit) begin_part(at);
   }
 
-  // Goes on to the next part that has units.
+  // Advances to the next part that has units.
   __device__ __forceinline__ void begin_part(Cursor& at) const {
     do {
       if (++at.part == at.end_part) {
@@ -334,8 +334,8 @@ struct Wide : StageOf<Weight, kOctets> {
   }
 
   // The warps that load share the tiles of a stage; the last one also has x. The ring's first weights
-  // are issued before the kernel that stores x has ended: all of them where memory is what a step waits
-  // for, and else few, since memory serves copies in about the order in which they are issued.
+  // are issued before the kernel that stores x has ended: all of them if the step is bound by memory,
+  // and otherwise few, since memory serves copies in about the order in which they are issued.
 
   __device__ __forceinline__ void load(int loader) const {
     if (loader == 0 && lane == 0) {
@@ -551,7 +551,7 @@ struct Wide : StageOf<Weight, kOctets> {
   }
 
   // A group of a unit, or the two groups of a slice, from an even group on; summed in the accumulators
-  // of linear.cu. To have several tiles' products in flight, or those of two halves of the rows, gains
+  // of linear.cu. Several tiles' products in flight, or those of two halves of the rows, would gain
   // nothing: while one warpgroup waits, the other one works.
   __device__ __forceinline__ void multiply_groups(const uint8_t* weights, uint64_t x,
                                                   const float* x_sums, int group,
