@@ -162,7 +162,7 @@ def test_a_path_that_is_not_there_is_called_that(name):
 def test_an_unknown_name_is_answered_with_the_nearest(find):
     with pytest.raises(ModelNotFoundError, match=r"Did you mean 'smollm2-135m'\?.*hotloop pull"):
         find("SmolLM2-135")
-    with pytest.raises(ModelNotFoundError, match="are tiny, smollm2-135m, and ORG/MODEL"):
+    with pytest.raises(ModelNotFoundError, match="can fetch tiny, smollm2-135m, and ORG/MODEL"):
         find("what is this")
 
 
@@ -197,7 +197,7 @@ def test_a_repository_in_the_hugging_face_cache_is_found_offline(tmp_path):
 
 def test_a_cached_repository_without_weights_is_not_a_model_yet(tmp_path):
     cache_repository(tmp_path / "hf", "config.json")
-    with pytest.raises(ModelNotFoundError, match=r"no weights\. Run: hotloop pull org/model"):
+    with pytest.raises(ModelNotFoundError, match=r"no weights of org/model\. Run: hotloop pull org/model"):
         resolve_model("org/model")
 
 
