@@ -296,7 +296,7 @@ class EngineConfig:
     draft_quant: Annotated[
         str,
         Lever(
-            help="Weight quantization of a draft model, as --quant.",
+            help="Weight quantization of a draft model, like --quant.",
             group="Speculation",
             names="scheme",
             used=_has_draft_model,
@@ -323,8 +323,8 @@ class EngineConfig:
     assume_acceptance: Annotated[
         Annotated[float, Range(0, 1)] | None,
         Lever(
-            help="With random weights: accept each draft with this probability, to time such an "
-            "acceptance. Tables mark it as assumed.",
+            help="With random weights: accept each draft with this probability, to measure the "
+            "speed at this acceptance rate. Tables mark it as assumed.",
             group="Speculation",
             default="drafts are verified",
             used=_drafts,
@@ -397,7 +397,7 @@ class EngineConfig:
         str | None,
         Lever(
             help="The server of the engine endpoint, such as http://localhost:8000/v1; "
-            "#NAME behind it chooses one of several models.",
+            "#NAME after it chooses one of several models.",
             default="none",
             used=_is_other_engine,
         ),

@@ -159,7 +159,7 @@ def test_a_fault_in_the_services_thread_is_left_to_the_stream_by_comments():
         direct = SimpleNamespace(wrote_s=0.0, n_bytes=0, write=lambda make: make())
         direct.flush = direct.close = lambda: None
         body = _Body(ServerSettings(ping_s=0.0), send, {DIRECT_BODY: lambda: direct})
-        ticket: Any = SimpleNamespace(hand_over=pass_on.append)
+        ticket: Any = SimpleNamespace(set_receiver=pass_on.append)
         with body.written_by_service(ticket, faulty):
             assert pass_on[0]() is False, "the stream is woken"
             async with body:

@@ -197,7 +197,7 @@ def test_a_repository_in_the_hugging_face_cache_is_found_offline(tmp_path):
 
 def test_a_cached_repository_without_weights_is_not_a_model_yet(tmp_path):
     cache_repository(tmp_path / "hf", "config.json")
-    with pytest.raises(ModelNotFoundError, match=r"no weights of org/model\. Run: hotloop pull org/model"):
+    with pytest.raises(ModelNotFoundError, match=r"no weights of org/model\. Run: hotloop pull"):
         resolve_model("org/model")
 
 

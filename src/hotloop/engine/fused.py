@@ -550,13 +550,13 @@ def _only(plans: _LinearPlans) -> GemmPlan | None:
 
 
 def _stores_operand(plans: _LinearPlans) -> bool:
-    """Whether a matrix product stores its result as the operand of the next one."""
+    """Returns whether a matrix product stores its result as the operand of the next one."""
     plan = _only(plans)
     return plan is not None and plan.stores_operand
 
 
 def _is_staged_before(plans: _LinearPlans) -> bool:
-    """Whether the kernel that computes x can store it in the layout of a matrix product."""
+    """Returns whether the kernel that computes x can store it in a matrix product's layout."""
     plan = _only(plans)
     return isinstance(plan, WidePlan) and plan.is_staged_before
 

@@ -300,7 +300,7 @@ def _unenforced(grammar: Grammar) -> RequestError:
 
 
 def _uses_unenforced(schema: Any) -> bool:
-    """Whether a schema, or a schema within it, has the keyword ``patternProperties``."""
+    """Returns whether a schema, or a schema within it, has the key ``patternProperties``."""
     if isinstance(schema, list):
         return any(map(_uses_unenforced, schema))
     if not isinstance(schema, dict):

@@ -247,7 +247,7 @@ class LLM:
             self._turns.leave(stream)
 
     def _has_room(self, ahead: Sequence[Scoring]) -> bool:
-        """Whether another window is taken while these are scored."""
+        """Returns whether another window can be scored together with these."""
         if len(ahead) < 1 or not ahead[0].full:
             return len(ahead) < self.config.max_batch_size
         n_tokens = sum(len(scoring.ids) for scoring in ahead) + len(ahead[-1].ids)

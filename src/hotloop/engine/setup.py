@@ -648,8 +648,8 @@ def _check_permutations(
                 if matrix.summed and schemes[name].format(matrix.k).permuted:
                     raise UnsupportedError(
                         f"the input features of {name} are permuted (act-order), so "
-                        f"tensor_parallel {config.tensor_parallel} cannot split them over ranks: "
-                        "use tensor_parallel 1."
+                        f"tensor_parallel {config.tensor_parallel} cannot split them over ranks; "
+                        "only 1 works."
                     )
 
 

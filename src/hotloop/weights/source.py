@@ -496,7 +496,7 @@ class _EncodedPlan(_Plan):
         return _whole_units(self.columns, self.matrix.units[1], self.matrix.shape[1])
 
     def tall(self, rows: range) -> range:
-        """The output features that are read for some of them."""
+        """Returns the output features that must be read for some of them."""
         return _whole_units(rows, self.matrix.units[0], self.matrix.shape[0])
 
     def jobs(self) -> Iterator[Callable[[], _Read]]:
