@@ -104,6 +104,16 @@ def test_turns_over_a_pipe_get_an_answer_each_and_carry_the_history(fake_llm, pi
     assert llm.closed
 
 
+@pytest.mark.parametrize("options", [[], ["--prefix-cache", "none"]])
+def test_turns_reuse_every_token_before_them_unless_something_else_is_asked(
+    fake_llm, piped, options
+):
+    piped("Hi\n")
+    assert main(["chat", "m", *options]) == 0
+    (llm,) = fake_llm.made
+    assert llm.config.prefix_cache == (options[-1] if options else "tokens")
+
+
 def test_lines_before_one_that_is_not_text_are_answered(fake_llm, monkeypatch, capsys):
     stdin = io.TextIOWrapper(io.BytesIO(b"Hi\r\n\xff\nMore\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", stdin)

@@ -1,6 +1,7 @@
 """Completions over HTTP: prompts of text and of token ids, echo, log-probabilities."""
 
 import asyncio
+import threading
 from typing import Any
 
 import httpx2
@@ -8,6 +9,7 @@ import pytest
 from serving import events
 from tiny_models import encode
 
+from hotloop.serve import bodies, completions
 from hotloop.serve.lifecycle import HttpServer
 
 TEXT = "The engine decodes"
@@ -140,6 +142,23 @@ def test_what_cannot_be_served_is_refused(client, body, word):
     response = complete(client, **body)
     assert response.status_code == 400
     assert word in response.json()["error"]["message"]
+
+
+def test_large_bodies_are_parsed_and_tokenized_outside_the_event_loop(client, monkeypatch):
+    threads: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        function = getattr(module, name)
+        told = lambda *args: threads.append(threading.current_thread().name) or function(*args)  # noqa: E731
+        monkeypatch.setattr(module, name, told)
+
+    watch(bodies, "_parse")
+    watch(completions, "_encoded")
+    for size, is_outside in ((10, False), (2 * bodies.LARGE_BYTES, True)):
+        threads.clear()
+        complete(client, prompt="x" * size)
+        assert len(threads) == 2
+        assert all((thread != "hotloop-http") == is_outside for thread in threads), size
 
 
 def test_token_ids_are_told_if_asked_for(client):
