@@ -145,6 +145,17 @@ def test_who_does_not_read_is_dropped_and_the_others_do_not_wait_for_it(llm, fir
         assert b"[DONE]" not in unread
 
 
+def test_a_connection_that_is_idle_or_whose_whole_answer_is_not_read_ends(llm, first):
+    with serving(llm, keep_alive_s=1) as server:
+        server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with connected(server.url) as idle, connected(server.url, receive_bytes=4096) as stalled:
+            idle.sendall(request(ASKED))
+            assert status_of(read_all(idle)) == 200, "and then it is closed"
+            stalled.sendall(request(LONG | {"stream": False, "logprobs": 20}))
+            expect_as_before(server, first)
+            assert not read_all(stalled).endswith(b"}")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_ends_its_side_of_a_connection_has_disconnected(llm, first, stream):
     with serving(llm) as server, connected(server.url) as connection:
