@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hotloop.engine.seats import LEAST_COPIED, Placement, Seats
+from hotloop.engine.seats import MIN_COPIED_TOKENS, Placement, Seats
 
 TALK = list(range(200))
 
@@ -39,7 +39,7 @@ def test_a_short_match_is_copied_and_the_long_conversation_stays():
 def test_a_match_of_a_few_tokens_is_not_worth_a_copy():
     seats = Seats(2, reuse="tokens", chunk=16)
     used(seats, TALK)
-    placement = used(seats, [*TALK[: LEAST_COPIED - 1], 500, 501])
+    placement = used(seats, [*TALK[: MIN_COPIED_TOKENS - 1], 500, 501])
     assert (placement.n_cached, placement.source) == (0, None)
     assert cached(seats, TALK) == 199
 
