@@ -66,10 +66,10 @@ def test_without_its_library_it_is_unsupported(monkeypatch):
 @pytest.mark.parametrize(
     ("levers", "said"),
     [
-        ({"quant": "int8"}, "has no quant 'int8'. It has: auto, none"),
-        ({"weights": "random"}, "has no weights 'random'"),
-        ({"execution": "compile"}, "has no option execution"),
-        ({"dtype": "float32"}, "has no dtype"),
+        ({"quant": "int8"}, "does not support quant 'int8'. It supports: auto, none"),
+        ({"weights": "random"}, "does not support weights 'random'"),
+        ({"execution": "compile"}, "does not support the option execution"),
+        ({"dtype": "float32"}, "does not support dtype"),
     ],
 )
 def test_an_option_that_it_does_not_have_is_refused_before_anything_is_loaded(levers, said):

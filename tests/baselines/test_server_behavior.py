@@ -130,7 +130,7 @@ def test_the_command_prints_it(capsys):
         (["--endpoint", "http://x/v1", "--quant", "int8"], "quant cannot be given with --endpoint"),
         (["--endpoint", "http://x/v1", "--batch", "2"], "--batch"),
         (["--against", "http://x/v1"], "--endpoint"),
-        (["--endpoint", "nowhere"], "none of a server"),
+        (["--endpoint", "nowhere"], "is not the URL of a server"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused(options, said, capsys):

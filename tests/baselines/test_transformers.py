@@ -105,7 +105,7 @@ def test_random_weights_need_no_tokenizer(folder):
 @pytest.mark.parametrize(
     ("prompts", "params", "said"),
     [
-        ([[1, 2], [3]], FIXED, "one length"),
+        ([[1, 2], [3]], FIXED, "equal length"),
         ([[]], FIXED, "at least one token"),
         ([[1] * 60], FIXED, "more than 64"),
         (PROMPTS, SamplingParams(max_new_tokens=3, temperature=0.5), "greedy"),
@@ -120,10 +120,10 @@ def test_a_request_that_cannot_be_served_is_refused(engine, prompts, params, sai
 @pytest.mark.parametrize(
     ("levers", "said"),
     [
-        ({"quant": "int8"}, "has no quant 'int8'. It has: auto, none"),
-        ({"execution": "fused"}, "has no execution 'fused'"),
-        ({"draft": "ngram"}, "has no option draft"),
-        ({"tensor_parallel": 2}, "has no option tensor_parallel"),
+        ({"quant": "int8"}, "does not support quant 'int8'. It supports: auto, none"),
+        ({"execution": "fused"}, "does not support execution 'fused'"),
+        ({"draft": "ngram"}, "does not support the option draft"),
+        ({"tensor_parallel": 2}, "does not support the option tensor_parallel"),
     ],
 )
 def test_an_option_that_it_does_not_have_is_refused_before_anything_is_loaded(levers, said):

@@ -194,12 +194,12 @@ def test_repeats_whose_texts_drafts_suit_unequally_say_so():
     calls = [WARM_UP, *([timing(t)] for t in (0.1, 0.2, 0.1, 0.07, 0.2))]
     engine = FakeEngine(calls, drafting=drafting)
     speed = measure(engine, Workload(prompt_tokens=5, new_tokens=11))
-    assert "texts better, a step gave 1.00 to 3.00 tokens" in speed.instability
+    assert "acceptance varies by text, from 1.00 to 3.00 tokens per step" in speed.instability
     assumed = FakeEngine(calls, drafting=drafting)
     config = replace(assumed.description.config, assume_acceptance=0.5)
     assumed.description = replace(assumed.description, config=config)
     speed = measure(assumed, Workload(prompt_tokens=5, new_tokens=11))
-    assert "kept at random, a step gave 1.00 to 3.00 tokens" in speed.instability
+    assert "accepted at random, from 1.00 to 3.00 tokens per step" in speed.instability
 
 
 def test_drafting_that_nothing_came_of_and_that_no_clock_saw_is_recorded_as_such():
@@ -241,7 +241,7 @@ def test_repeats_that_disagree_say_why_and_keep_their_figures():
 
 def test_an_engine_that_stops_early_is_not_timed():
     engine = FakeEngine([WARM_UP, [timing(0.1, n=7)]])
-    with pytest.raises(HotloopError, match=r"\[7\] tokens where \[11\]"):
+    with pytest.raises(HotloopError, match=r"\[7\] tokens instead of \[11\]"):
         measure(engine, Workload(prompt_tokens=5, new_tokens=11))
 
 

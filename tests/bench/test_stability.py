@@ -18,7 +18,7 @@ def test_small_scatter_is_stable():
     [
         ([1.0, 1.1, 1.2, 1.3, 1.4], "grew steadily, by 40%.*heat or a power limit"),
         ([1.0, 1.05, 1.04, 1.2, 1.3], "grew steadily"),
-        ([1.4, 1.2, 1.1, 1.05, 1.04], "fell steadily, by 26%.*warming up"),
+        ([1.4, 1.2, 1.1, 1.05, 1.04], "fell steadily, by 26%.*warms up"),
         ([1.5, 1.0, 1.01, 0.99, 1.0], "repeat 1 took 50% longer.*warm-up was too short"),
         ([1.5, 1.0, 1.0, 1.0, 1.0], "repeat 1 took 50% longer"),
         ([1.0, 1.01, 1.5, 0.99, 1.0], "repeat 3 took 50% longer.*another process"),
@@ -62,12 +62,12 @@ def test_texts_that_drafts_suit_unequally_are_not_blamed_on_the_machine():
     seconds = [1.0, 1.4, 0.8, 1.3, 0.9]
     varied = explain_instability(seconds, tokens_per_step=[2.4, 1.2, 3.1, 1.3, 2.6])
     assert varied is not None
-    assert varied.endswith("drafts suit some texts better, a step gave 1.20 to 3.10 tokens")
+    assert varied.endswith("acceptance varies by text, from 1.20 to 3.10 tokens per step")
     drawn = explain_instability(
         seconds, tokens_per_step=[2.4, 1.2, 3.1, 1.3, 2.6], acceptance_assumed=True
     )
     assert drawn is not None
-    assert drawn.endswith("drafts are kept at random, a step gave 1.20 to 3.10 tokens")
+    assert drawn.endswith("drafts are accepted at random, from 1.20 to 3.10 tokens per step")
     alike = explain_instability(seconds, tokens_per_step=[2.4, 2.41, 2.4, 2.39, 2.4])
     assert alike == explain_instability(seconds)
     assert explain_instability([1.0] * 5, tokens_per_step=[1.2, 3.1, 1.3, 2.6, 2.0]) is None

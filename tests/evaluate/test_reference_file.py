@@ -88,11 +88,11 @@ def _through_file(tmp_path, key_of, log_p_TV, log_q_TV):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"weights": "w1"}, "its weights is 'w0', not 'w1'"),
+        ({"weights": "w1"}, "whose weights is 'w0', not 'w1'"),
         ({"text_sha256": "t1"}, "text_sha256"),
         ({"dtype": "bfloat16"}, "dtype"),
-        ({"n_windows": 3}, "its n_windows is 4, not 3"),
-        ({"vocab_size": 301}, "its vocab_size is 300, not 301"),
+        ({"n_windows": 3}, "whose n_windows is 4, not 3"),
+        ({"vocab_size": 301}, "whose vocab_size is 300, not 301"),
     ],
 )
 def test_the_reference_of_something_else_is_refused_with_the_difference(

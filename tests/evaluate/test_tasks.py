@@ -138,7 +138,7 @@ def test_an_item_that_a_file_repeats_is_one_item(write):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"query": "a"}', "line 2: an item has query, choices and gold; or"),
+        ('{"query": "a"}', "line 2: an item must have query, choices and gold; or"),
         ('{"query": "a", "choices": ["x"], "gold": 0}', "line 2: choices"),
         ('{"query": "a", "choices": ["x", "y"], "gold": 2}', "gold must be 0 to 1"),
         ('{"query": "a", "choices": ["x", "y"], "gold": true}', "line 2: gold"),
@@ -167,7 +167,7 @@ def test_an_empty_file_an_unknown_task_and_one_name_twice_are_refused(write, tmp
         load_task("jsonl", None)
     with pytest.raises(ConfigError, match="'task' and 'copy' have the same items"):
         load_tasks([write(CLOZE), write(CLOZE, name="copy")], None)
-    with pytest.raises(ConfigError, match="two tasks are named 'task'"):
+    with pytest.raises(ConfigError, match="two tasks have the name 'task'"):
         load_tasks([write(CLOZE), write(CLOZE)], None)
 
 
@@ -218,7 +218,9 @@ def test_long_windows_are_cut_from_the_left_and_counted():
     encoder = TextEncoder(LetterEngine(max_seq_len=4))
     assert text_of(encoder.pair("abcdef", "gh").ids) == "efgh"
     assert encoder.n_cut == 1
-    with pytest.raises(ConfigError, match="continuation of 4 tokens is beyond the context of 4"):
+    with pytest.raises(
+        ConfigError, match="continuation of 4 tokens does not fit in the context of 4"
+    ):
         encoder.pair("a", "bcde")
 
 

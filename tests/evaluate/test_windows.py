@@ -4,7 +4,7 @@ import re
 import pytest
 
 from hotloop.errors import ConfigError
-from hotloop.evaluate.windows import make_windows, take_windows, windows_of_articles
+from hotloop.evaluate.windows import make_windows, take_windows, windows_per_article
 
 
 def test_windows_follow_each_other_and_the_ragged_tail_is_dropped():
@@ -20,7 +20,7 @@ def test_limit_takes_the_first_windows_and_no_more_than_there_are():
 @pytest.mark.parametrize(
     ("n_tokens", "size", "limit", "problem"),
     [
-        (10, 11, None, "10 tokens and a window takes 11"),
+        (10, 11, None, "10 tokens, fewer than a window of 11"),
         (0, 2, None, "0 tokens"),
         (10, 1, None, "at least 2 tokens, not 1"),
         (10, 5, 0, "at least 1, not 0"),
@@ -56,7 +56,7 @@ def articles(lengths: list[int]) -> tuple[str, list[int]]:
 def test_a_window_is_of_the_article_in_which_its_middle_lies():
     lengths = [10, 3, 25, *[10] * 22]
     text, starts = articles(lengths)
-    counts = windows_of_articles(list, text, starts, 10, 23)
+    counts = windows_per_article(list, text, starts, 10, 23)
     assert counts == (1, 3, *[1] * 19), "the middle of no window lies in the article of 3"
     middles = [text[i * 10 + 5] for i in range(23)]
     assert sum(counts) == 23
@@ -65,9 +65,9 @@ def test_a_window_is_of_the_article_in_which_its_middle_lies():
 
 def test_windows_of_few_articles_are_not_clustered_by_article():
     text, starts = articles([100] * 30)
-    assert windows_of_articles(list, text, starts, 10, 190) is None
-    assert windows_of_articles(list, text, starts, 10, 200) == (10,) * 20
-    assert windows_of_articles(list, text, [], 10, 200) is None
+    assert windows_per_article(list, text, starts, 10, 190) is None
+    assert windows_per_article(list, text, starts, 10, 200) == (10,) * 20
+    assert windows_per_article(list, text, [], 10, 200) is None
 
 
 def words_and_spaces(text: str) -> list[str]:
@@ -90,7 +90,7 @@ def test_articles_end_within_a_token_of_where_they_do_in_the_text_however_many_c
         of_token.append(seen)
     inside = [of_token[middle] for middle in middles]
     expected = [inside.count(each) for each in dict.fromkeys(inside)]
-    counts = windows_of_articles(words_and_spaces, text, starts, size, len(middles))
+    counts = windows_per_article(words_and_spaces, text, starts, size, len(middles))
     assert len(counts) == len(expected) == len(names)
     ends = zip(itertools.accumulate(counts), itertools.accumulate(expected), strict=True)
     assert all(abs(end - other) <= 1 for end, other in ends)
@@ -105,4 +105,4 @@ def test_a_last_window_beyond_the_ends_that_were_counted_is_of_the_last_article(
 
     n = len(take_windows(depends_on_length, text, 10))
     assert n == 21
-    assert windows_of_articles(depends_on_length, text, starts, 10, n) == (*[1] * 19, 2)
+    assert windows_per_article(depends_on_length, text, starts, 10, n) == (*[1] * 19, 2)

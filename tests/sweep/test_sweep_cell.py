@@ -207,7 +207,7 @@ def test_a_reference_of_something_else_is_not_compared_with(tmp_path):
     assert record.status == "ok"
     assert record.perplexity is not None
     assert record.delta_ln_ppl is None
-    assert "is the reference of something else: its weights" in record.quality_reason
+    assert "is a reference whose weights" in record.quality_reason
 
 
 def test_a_text_too_short_costs_the_quality_and_not_the_speed(tmp_path):
@@ -215,7 +215,7 @@ def test_a_text_too_short_costs_the_quality_and_not_the_speed(tmp_path):
     (tmp_path / "text.txt").write_text("abc")
     record = run_cell(made)
     assert (record.status, record.perplexity) == ("ok", None)
-    assert "the text has 3 tokens and a window takes 8" in record.quality_reason
+    assert "the text has 3 tokens, fewer than a window of 8" in record.quality_reason
 
 
 def test_a_bug_in_scoring_is_a_failure(tmp_path):

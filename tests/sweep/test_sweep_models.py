@@ -130,5 +130,5 @@ def test_a_text_that_is_too_short_is_refused_before_any_process_starts(monkeypat
     tokenizer = SimpleNamespace(encode=lambda text, **_: list(range(len(text.split()))))
     monkeypatch.setattr("hotloop.text.tokenizer.load_tokenizer", lambda _: tokenizer)
     model = KnownModel(name="m", path=Path("m"))
-    with pytest.raises(ConfigError, match="the text has 3 tokens and a window takes 8"):
+    with pytest.raises(ConfigError, match="the text has 3 tokens, fewer than a window of 8"):
         check_length(model, load_text(text).content, 8)

@@ -449,7 +449,7 @@ def test_conversation_without_a_last_text_cannot_be_continued(
     ("messages", "variables", "problem"),
     [
         ([{"role": "user", "content": {1, 2}}], {}, "JSON"),
-        (MESSAGES, {"messages": []}, "'messages' cannot be set"),
+        (MESSAGES, {"messages": []}, "'messages' is set by hotloop"),
         (MESSAGES, {"x": object()}, "JSON"),
         ([{"role": "user", "content": "\ud800"}], {}, "surrogate"),
         ([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}], {}, "nonchar"),
@@ -466,5 +466,7 @@ def test_messages_that_are_none_are_refused(
 @pytest.mark.parametrize("tag", ["include 'x'", "import 'x' as x", "extends 'x'"])
 def test_a_template_that_reads_another_file_is_told_that_it_cannot(tag, tmp_path):
     tokenizer = load_tokenizer(folder_with(tmp_path, f"{{% {tag} %}}"))
-    with pytest.raises(CheckpointError, match="reads another template, 'x'; a chat template has"):
+    with pytest.raises(
+        CheckpointError, match="reads another template, 'x'; a chat template must be"
+    ):
         tokenizer.chat_prompt(MESSAGES)

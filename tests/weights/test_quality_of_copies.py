@@ -84,7 +84,7 @@ def test_the_reference_itself_is_not_scored_twice(source, copy):
 def test_a_text_without_a_whole_window_is_refused_at_once(source, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("fox")
-    with pytest.raises(ConfigError, match=r"the text has \d+ tokens and a window takes 64"):
+    with pytest.raises(ConfigError, match=r"the text has \d+ tokens, fewer than a window of 64"):
         make_jobs(
             [EngineConfig(model=str(source))],
             Workload(prompt_tokens=1, new_tokens=2),

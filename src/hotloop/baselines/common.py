@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _ALWAYS = ("weights", "seed", "engine", "checkpoint", "max_batch_size", "max_seq_len")
 
 
-def library(config: EngineConfig, module: str, package: str) -> Any:
+def import_library(config: EngineConfig, module: str, package: str) -> Any:
     """Imports an engine's library.
 
     Raises:
@@ -46,24 +46,24 @@ def library(config: EngineConfig, module: str, package: str) -> Any:
             raise _broken(package, error) from error
         raise UnsupportedError(
             f"{package} is not installed (pip install {package}). If another interpreter has it, "
-            f"name that: --python {config.engine}=PATH."
+            f"name that interpreter: --python {config.engine}=PATH."
         ) from error
     except (ImportError, OSError, RuntimeError) as error:  # a shared library, or another version
         raise _broken(package, error) from error
 
 
 def _broken(package: str, error: Exception) -> UnsupportedError:
-    return UnsupportedError(
-        f"{package} is installed, and cannot be imported: {shorten(str(error))}"
-    )
+    return UnsupportedError(f"{package} is installed but cannot be imported: {shorten(str(error))}")
 
 
-def check_levers(config: EngineConfig, takes: Iterable[str], choices: Mapping[str, Any]) -> None:
+def check_levers(
+    config: EngineConfig, supported: Iterable[str], choices: Mapping[str, Any]
+) -> None:
     """Refuses options that an engine does not support, so that none is ignored.
 
     Args:
         config: The configuration.
-        takes: The levers that the engine supports, with all of their values.
+        supported: The levers that the engine supports, with all of their values.
         choices: Levers of which it supports only some values, and these values.
 
     Raises:
@@ -74,12 +74,14 @@ def check_levers(config: EngineConfig, takes: Iterable[str], choices: Mapping[st
         if name in choices and value not in choices[name]:
             listed = ", ".join(map(str, choices[name]))
             raise UnsupportedError(
-                f"{config.engine} has no {name} {shorten_value(value)}. It has: {listed}."
+                f"{config.engine} does not support {name} {shorten_value(value)}. It supports: "
+                f"{listed}."
             )
-        if name in (*_ALWAYS, *takes, *choices) or value == getattr(EngineConfig, name):
+        if name in (*_ALWAYS, *supported, *choices) or value == getattr(EngineConfig, name):
             continue
         raise UnsupportedError(
-            f"{config.engine} has no option {name} (here {shorten_value(value)})."
+            f"{config.engine} does not support the option {name} ({shorten_value(value)}): leave "
+            "it out."
         )
 
 
@@ -99,8 +101,8 @@ def prepare_own(config: EngineConfig, quant: str = "none") -> Setup:
         from hotloop.engine.setup import prepare  # imports torch
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            f"the interpreter that has {config.engine} lacks {error.name}, with which hotloop "
-            "reads models and measures: install it there too."
+            f"the interpreter of {config.engine} lacks {error.name}, which hotloop needs to read "
+            "models and to measure: install it there too."
         ) from error
 
     return prepare(
@@ -135,7 +137,7 @@ class Tokens:
     Attributes:
         engine: The engine's name, for errors.
         tokenizer: The model's tokenizer; None for random weights.
-        vocab_size: Token ids are below this.
+        vocab_size: The number of token ids.
         max_seq_len: Tokens of a prompt and its answer together.
     """
 
@@ -289,4 +291,6 @@ def _check_greedy(engine: str, params: SamplingParams) -> None:
         max_new_tokens=params.max_new_tokens, ignore_eos=params.ignore_eos, seed=params.seed
     )
     if params != plain:
-        raise RequestError(f"{engine} is measured with greedy decoding and no other options.")
+        raise RequestError(
+            f"{engine} is measured with greedy decoding: leave out all other sampling options."
+        )

@@ -1,7 +1,7 @@
-"""A client for OpenAI's completions API that records the time of each piece.
+"""A client for OpenAI's completions API that records the arrival time of each streamed event.
 
 Servers differ: some take token ids as a prompt, some report the number of tokens, some send an
-empty piece first, or several tokens in one piece. A field that a server refuses is left out of
+empty event first, or several tokens in one event. A field that a server refuses is left out of
 later requests, and ``refused`` lists it.
 """
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     import httpx2
 
 API_KEY = "HOTLOOP_ENDPOINT_KEY"
-"""The environment variable with the server's key; it is in no record."""
+"""The environment variable with the server's API key, which is never recorded."""
 
-CONNECT_S, SILENCE_S = 10.0, 120.0
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 120.0
 """Seconds to wait for a connection, and for the next bytes of an answer."""
 
 MAX_ATTEMPTS, MAX_WAIT_S = 5, 30.0
-"""The most attempts of a request that a busy server refuses, and the most seconds between two."""
+"""The most attempts at a request that a busy server refuses, and the most seconds between two."""
 
 MAX_LINE_BYTES, MAX_ANSWER_BYTES = 2**24, 2**30
 
@@ -83,11 +83,11 @@ class _Completion(_Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """An answer, with the times of its pieces.
+    """An answer, with the arrival times of its events.
 
     Attributes:
         text: Its text.
-        times: Seconds from submit to each piece that had text or tokens.
+        times: Seconds from submit to each event that had text or tokens.
         token_ids: Its tokens, if the server sends them.
         n_tokens: The number of its tokens, if the server reports it.
         n_prompt_tokens: Tokens of the prompt, if the server reports it.
@@ -103,17 +103,17 @@ class Completion:
 
     @property
     def intervals_s(self) -> tuple[float, ...]:
-        """Seconds between one piece and the next."""
+        """Seconds between consecutive events."""
         return tuple(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
 
 class CompletionsClient:
-    """A server's completions; threads may share it.
+    """A client of one server, which threads can share.
 
     Args:
         url: Its base URL, such as ``http://localhost:8000/v1``; ``#NAME`` after it chooses one of
             several models.
-        silence_s: Seconds to wait for the next bytes of an answer.
+        read_timeout_s: Seconds to wait for the next bytes of an answer.
 
     Attributes:
         model: The served model's name.
@@ -125,7 +125,7 @@ class CompletionsClient:
         UnknownNameError: It serves several models, or not the chosen model.
     """
 
-    def __init__(self, url: str, *, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, url: str, *, read_timeout_s: float = READ_TIMEOUT_S) -> None:
         import httpx2
 
         self.url, chosen = _checked_url(url)
@@ -133,7 +133,7 @@ class CompletionsClient:
         key = os.environ.get(API_KEY)
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(silence_s, connect=CONNECT_S),
+            timeout=httpx2.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
         )
         try:
@@ -224,8 +224,9 @@ class CompletionsClient:
         found = answer.choices[0].prompt_logprobs if answer.choices else None
         if found is None:
             raise UnsupportedError(
-                "the server gives no log-probabilities of prompts (prompt_logprobs, as vLLM has), "
-                "so its quality is not known."
+                "the server returns no log-probabilities of prompts (prompt_logprobs, as vLLM "
+                "does), "
+                "so its quality cannot be measured."
             )
         if len(found) != len(ids):
             raise ServerError(f"{self.url} scored {len(found)} tokens of {len(ids)}.")
@@ -247,12 +248,12 @@ class CompletionsClient:
             chosen = names[0]
         if chosen not in names:
             raise UnknownNameError(
-                "model of the server", chosen, names, hint="Choose one by #NAME behind the URL."
+                "model of the server", chosen, names, hint="Choose one with #NAME after the URL."
             )
         return chosen, shorten(response.headers.get("server", ""), 100)
 
     def _streamed(self, body: dict[str, Any]) -> Iterator[tuple[float, _Completion]]:
-        """Yields the pieces of an answer, each with the seconds from submit."""
+        """Yields the chunks of a streamed answer, each with the seconds from submit."""
         for at_s, line in self._lines(body):
             name, _, data = line.partition(b":")
             if name != b"data" or data.strip() in (b"", b"[DONE]"):
@@ -267,7 +268,10 @@ class CompletionsClient:
                 size += len(chunk)
                 *lines, rest = (rest + chunk).split(b"\n")
                 if len(rest) > MAX_LINE_BYTES or size > MAX_ANSWER_BYTES:
-                    raise ServerError(f"{self.url} sends more than an answer can have.")
+                    raise ServerError(
+                        f"{self.url} sent an answer of more than {MAX_ANSWER_BYTES:,} bytes, or a "
+                        f"line of more than {MAX_LINE_BYTES:,}."
+                    )
                 for line in lines:
                     yield at_s, line.strip()
         yield at_s, rest.strip()
@@ -356,7 +360,7 @@ def _logprobs(entry: dict[str, Any] | None, token: int) -> dict[int, float]:
             f"prompt_logprobs cannot be read: {shorten_value(entry, 200)}."
         ) from error
     if token not in found:
-        raise ServerError(f"prompt_logprobs lack the prompt's own token {token}.")
+        raise ServerError(f"prompt_logprobs have no entry for the prompt's token {token}.")
     return found
 
 
@@ -369,12 +373,12 @@ def _checked_url(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            f"the url {shorten_value(url)} is none of a server: give one such as "
+            f"{shorten_value(url)} is not the URL of a server: give one such as "
             "http://localhost:8000/v1."
         )
     if "@" in parts.netloc or parts.query:
         raise ConfigError(
-            f"a url with a password or a query is not taken, because records hold it: give the "
-            f"server's key in {API_KEY}."
+            "the URL must not have a password or a query, since records contain it: give the "
+            f"server's API key in {API_KEY}."
         )
     return urlunsplit((*parts[:3], "", "")).rstrip("/"), parts.fragment

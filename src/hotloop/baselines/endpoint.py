@@ -82,7 +82,8 @@ class EndpointEngine:
     def _generation(self, prompt: tuple[int, ...], answer: Completion) -> Generation:
         if answer.n_tokens is None:
             raise UnsupportedError(
-                "the server does not say how many tokens it made (usage), so they cannot be timed."
+                "the server does not report the number of generated tokens (usage), so its speed "
+                "cannot be measured."
             )
         self._several_per_piece |= answer.n_tokens > len(answer.times)
         return Generation(
@@ -109,12 +110,13 @@ class EndpointEngine:
         return self._tokens.encode(text)
 
     def describe(self) -> EngineDescription:
-        """Describes the server, as far as it can be known."""
+        """Describes the server, as far as the API reports it."""
         notes = ["TTFT and decode tok/s of a server include its queue and the transport."]
         if self._several_per_piece:
             notes.append(
-                "The server sends several tokens in one piece: its TTFT is that of the first "
-                "piece, and its decode tok/s are too high by the other tokens of that."
+                "The server sends several tokens per event. TTFT ends with the first event, and "
+                "decode tok/s is too high, since it counts this event's other tokens but not "
+                "their time."
             )
         client = self._client
         return EngineDescription(
@@ -136,7 +138,7 @@ class EndpointEngine:
         )
 
     def meter(self) -> AbstractContextManager[PeakMemory]:
-        """Measures nothing: the server's memory is elsewhere."""
+        """Measures nothing, since the server is another process, perhaps on another machine."""
         return UnknownMemory()
 
     def close(self) -> None:
@@ -165,11 +167,11 @@ def create(config: EngineConfig) -> EndpointEngine:
 
 
 def check(config: EngineConfig) -> None:
-    """Refuses a cell without a server, or with options that the server decides itself."""
-    check_levers(config, takes=("url", "device", "dtype"), choices={"quant": ("auto", "none")})
+    """Refuses a cell without a URL, or with options that the server itself decides."""
+    check_levers(config, supported=("url", "device", "dtype"), choices={"quant": ("auto", "none")})
     if config.url is None:
         raise ConfigError(
-            "endpoint needs the URL of a server: give its cell url, such as "
+            "the engine endpoint needs the URL of a server: set url in its cell, such as "
             "http://localhost:8000/v1."
         )
 

@@ -18,7 +18,7 @@ from hotloop.baselines.common import (
     UnknownMemory,
     check_levers,
     check_window,
-    library,
+    import_library,
     prepare_own,
     score_of,
     tokenizer_of,
@@ -70,7 +70,9 @@ class LlamaCppEngine:
         first = model_parts(setup.path)[0]
         self._model = lib.llama_model_load_from_file(str(first).encode(), model_options)
         if not self._model:
-            raise HotloopError(f"llama.cpp could not load {first.name}: its log says why.")
+            raise HotloopError(
+                f"llama.cpp could not load {first.name}: see its messages on stderr."
+            )
         self._context = lib.llama_init_from_model(self._model, self._context_options())
         if not self._context:
             lib.llama_model_free(self._model)
@@ -103,7 +105,9 @@ class LlamaCppEngine:
         started = time.perf_counter()
         ids = self._tokens.prompts(prompts, params)
         if len(ids) > self._n_seqs:
-            raise HotloopError(f"{len(ids)} prompts at once are more than {self._n_seqs}.")
+            raise HotloopError(
+                f"{len(ids)} prompts exceed max_batch_size {self._n_seqs}: raise it."
+            )
         self._forget()
         answers: list[list[int]] = [[] for _ in ids]
         times: list[float] = []
@@ -198,7 +202,9 @@ class LlamaCppEngine:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = row
         if status := self._lib.llama_decode(self._context, batch):
-            raise HotloopError(f"llama_decode failed with status {status}: its log says why.")
+            raise HotloopError(
+                f"llama_decode failed with status {status}: see llama.cpp's messages on stderr."
+            )
 
     def _logits(self, i: int) -> NDArray[Any]:
         """Returns the logits after the ``i``-th token of the last batch, without a copy."""
@@ -216,18 +222,18 @@ def create(config: EngineConfig) -> LlamaCppEngine:
     """
     from hotloop.weights.checkpoint import stored_form  # imports torch
 
-    lib = library(config, "llama_cpp", "llama-cpp-python")
+    lib = import_library(config, "llama_cpp", "llama-cpp-python")
     check(config)
     setup = prepare_own(config)
     if setup.path is None or not setup.path.is_file():
         raise UnsupportedError(
-            "llama-cpp reads GGUF files, and this model is none: name a .gguf file of it "
+            "llama-cpp reads GGUF files, and this model is not one: name a .gguf file of it "
             "(checkpoint: PATH in its cell, or --checkpoint llama-cpp=PATH)."
         )
     with closing(setup.open()) as checkpoint:
         if config.quant == "none" and stored_form(checkpoint).is_quantized:
             raise UnsupportedError(
-                "llama-cpp multiplies the weights as its file stores them, which are quantized: "
+                "llama-cpp uses the weights as the file stores them, and these are quantized: "
                 "leave out quant none, or name an unquantized file."
             )
     if setup.device.type == "cuda" and not lib.llama_supports_gpu_offload():
@@ -242,7 +248,7 @@ def check(config: EngineConfig) -> None:
     """Refuses configurations that llama.cpp does not support, before anything is loaded."""
     check_levers(
         config,
-        takes=("device",),
+        supported=("device",),
         choices={"quant": ("auto", "none"), "dtype": ("auto",), "weights": ("checkpoint",)},
     )
 

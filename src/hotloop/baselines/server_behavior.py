@@ -1,8 +1,8 @@
-"""Measures the behavior of a server from outside: latency, pace, loops and reproducibility.
+"""Measures the behavior of a server: latency, inter-event intervals, loops, reproducibility.
 
-It needs nothing but the server's URL. Prompts are plain English that begins with a salt, a word
-that no earlier prompt had: a server with a prefix cache has no part of a prompt the first time
-(cold), and all of it the second time (warm).
+It needs only the server's URL. Prompts are plain English that begins with a salt, a word that no
+earlier prompt had. So a server with a prefix cache has no part of a prompt the first time (cold),
+and all of it the second time (warm). A loop is a passage that an answer repeats.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hotloop.bench.record import Figure, Workload
 from hotloop.bench.statistics import mean_figure
 
 _MAX_PERIOD = 64
-"""Words of the longest loop that is searched."""
+"""The longest passage, in words, whose repetition is detected."""
 
 _MIN_REPETITIONS = 3
 """A passage with at least this many consecutive repetitions is a loop."""
@@ -47,11 +47,11 @@ class ServerBehavior:
         server: The server's own name; empty if it does not report one.
         n_prompt_tokens: Tokens of a prompt, if the server counts them.
         n_tokens: Tokens of an answer, if the server counts them.
-        cold_ttft_s: Seconds to the first piece of an answer to a new prompt.
-        warm_ttft_s: Seconds to the first piece for a prompt that was just answered.
-        tpot_s: Seconds per token after the first piece, if the server counts tokens.
-        interval_s: Seconds between pieces: the quantiles 0.5, 0.9 and 0.99, and the longest.
-        tokens_per_event: Mean number of tokens of a piece, if the server counts them.
+        cold_ttft_s: Seconds to the first event of an answer to a new prompt.
+        warm_ttft_s: Seconds to the first event for a prompt that was just answered.
+        tpot_s: Seconds per token after the first event, if the server counts tokens.
+        interval_s: Seconds between events: the quantiles 0.5, 0.9 and 0.99, and the longest.
+        tokens_per_event: Mean number of tokens of an event, if the server counts them.
         loop_share: Share of the words of answers that repeat a passage for the third time or more.
         repeated: Comparison of the cold and the warm answer to the same prompt.
         against: Comparison of this server's answers with the other server's, if there is one.

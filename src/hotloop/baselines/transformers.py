@@ -17,7 +17,7 @@ from hotloop.baselines.common import (
     Tokens,
     check_levers,
     check_window,
-    library,
+    import_library,
     prepare_own,
     score_of,
     tokenizer_of,
@@ -92,7 +92,10 @@ class TransformersEngine:
         clock = _Clock()
         ids = self._tokens.prompts(prompts, params)
         if len(set(map(len, ids))) > 1:
-            raise RequestError("transformers is measured with prompts of one length at a time.")
+            raise RequestError(
+                "transformers is measured with prompts of equal length: pass the others in "
+                "another call."
+            )
         prompts_BT = self._torch.tensor(ids, device=self._setup.device)
         ends = sorted(self._tokens.end_ids(params))
         self._model.generate(
@@ -179,7 +182,7 @@ class _Clock:
         self._is_prompt = True
 
     def put(self, value: Tensor) -> None:
-        if self._is_prompt:  # the first are the prompts
+        if self._is_prompt:  # transformers sends the prompts first
             self._is_prompt = False
             return
         self.times.append(time.perf_counter() - self.started)
@@ -249,7 +252,7 @@ def create(config: EngineConfig) -> TransformersEngine:
     Raises:
         UnsupportedError: transformers is not installed, or cannot load the model.
     """
-    transformers = library(config, "transformers", "transformers")
+    transformers = import_library(config, "transformers", "transformers")
     transformers.utils.logging.disable_progress_bar()
     return TransformersEngine(config, transformers, prepare_own(config))
 
@@ -258,7 +261,7 @@ def check(config: EngineConfig) -> None:
     """Refuses configurations that transformers does not support, before anything is loaded."""
     check_levers(
         config,
-        takes=("device", "dtype"),
+        supported=("device", "dtype"),
         choices={"quant": ("auto", "none"), "execution": ("auto", "eager", "compile")},
     )
 

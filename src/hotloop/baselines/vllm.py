@@ -2,8 +2,8 @@
 
 It needs another version of torch than hotloop, so it has an interpreter of its own. It reads
 checkpoints in their own quantization; with random weights, the shape gets the requested
-quantization. The prefix cache is off. Memory is not measured: vLLM reserves as much as it is told
-to.
+quantization. The prefix cache is off. Memory is not measured, since vLLM reserves a fixed share of
+the device's memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hotloop.baselines.common import (
     UnknownMemory,
     check_levers,
     check_window,
-    library,
+    import_library,
     prepare_own,
     score_of_top,
     tokenizer_of,
@@ -73,7 +73,7 @@ class VllmEngine:
     def __init__(self, config: EngineConfig, vllm: Any, setup: Setup) -> None:
         started = time.perf_counter()
         self._config, self._vllm, self._setup = config, vllm, setup
-        self._sampling = library(config, "vllm.sampling_params", "vllm")
+        self._sampling = import_library(config, "vllm.sampling_params", "vllm")
         self._names = map(str, itertools.count())
         self._opened = ExitStack()
         self._options = _options(config, setup)
@@ -171,7 +171,7 @@ class VllmEngine:
         )
 
     def meter(self) -> AbstractContextManager[PeakMemory]:
-        """Measures nothing: vLLM reserves as much memory as it is told to."""
+        """Measures nothing, since vLLM reserves a fixed share of the device's memory."""
         return UnknownMemory()
 
     def close(self) -> None:
@@ -273,7 +273,7 @@ def create(config: EngineConfig) -> VllmEngine:
     Raises:
         UnsupportedError: vLLM is not installed, or does not support the configuration.
     """
-    vllm = library(config, "vllm", "vllm")
+    vllm = import_library(config, "vllm", "vllm")
     check(config)
     setup = prepare_own(replace(config, tensor_parallel=1), quant="auto")
     if config.weights == "checkpoint":
@@ -286,7 +286,7 @@ def _check_checkpoint(config: EngineConfig, setup: Setup) -> None:
     assert setup.path is not None, "a checkpoint has a path"
     if not setup.path.is_dir():
         raise UnsupportedError(
-            "vllm reads folders of safetensors, and this model is a file: name a folder of it "
+            "vllm reads folders of safetensors, and this model is a single file: name its folder "
             "(checkpoint: PATH in its cell, or --checkpoint vllm=PATH)."
         )
     with closing(setup.open()) as checkpoint:
@@ -296,7 +296,7 @@ def _check_checkpoint(config: EngineConfig, setup: Setup) -> None:
     if config.quant not in ("auto", stored) and not online:
         raise UnsupportedError(
             f"vllm does not quantize a checkpoint to {config.quant}, and this one is stored as "
-            f"{shorten_value(stored)}: name a copy that is (--checkpoint vllm=PATH)."
+            f"{shorten_value(stored)}: name a copy in {config.quant} (--checkpoint vllm=PATH)."
         )
 
 
@@ -304,7 +304,7 @@ def check(config: EngineConfig) -> None:
     """Refuses configurations that vLLM does not support, before anything is loaded."""
     check_levers(
         config,
-        takes=("dtype", "tensor_parallel"),
+        supported=("dtype", "tensor_parallel"),
         choices={
             "quant": ("auto", "none", "fp8", *_QUANTIZATIONS),
             "execution": ("auto", "eager", "compile"),

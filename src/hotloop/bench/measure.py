@@ -38,7 +38,7 @@ from hotloop.types import (
 )
 
 COST_TOKENS = 64
-"""The most tokens for which the steps of each number of drafts are timed, after the repeats."""
+"""The most tokens that are generated to time the steps with each number of drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def measure_speed(
 
     Raises:
         ConfigError: The workload cannot be timed on this engine.
-        HotloopError: The engine produced another number of tokens than asked for.
+        HotloopError: The engine generated another number of tokens than requested.
     """
     description = engine.describe()
     _check(workload, description)
@@ -156,12 +156,13 @@ def measure_speed(
 
 
 def bytes_read_per_step(description: EngineDescription, workload: Workload) -> float | None:
-    """Counts the bytes that a mean timed decode step reads on one rank: weights and caches, once.
+    """Counts the bytes that an average timed decode step reads on one rank: weights and KV cache.
 
-    The result is None if the engine does not report them.
+    The timed steps generate tokens 2 to n. The step that generates token i + 1 attends to the
+    prompt and i answer tokens, so the average is prompt + n / 2.
 
-    The timed steps make tokens 2 to n. The step that makes token i + 1 attends to the prompt and i
-    answer tokens, so the average is prompt + n / 2.
+    Returns:
+        The bytes; None if the engine does not report them.
     """
     if description.weight_bytes_per_step is None or description.kv_bytes_per_token is None:
         return None
@@ -200,8 +201,9 @@ def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> li
     asked = [workload.new_tokens] * workload.batch
     if produced != asked:
         raise HotloopError(
-            f"the engine answered with {produced} tokens where {asked} were asked for, "
-            "end-of-sequence ignored; its speed would be that of another workload."
+            f"the engine generated {produced} tokens instead of {asked}, although "
+            "end-of-sequence is "
+            "ignored. Its speed is not that of this workload."
         )
     return generations
 

@@ -7,7 +7,7 @@ Both models answer the same items, so only the items on which they differ carry 
 Two questions are asked. McNemar's exact test asks whether the two differ at all; a large p-value
 does not prove that they are equal. The non-inferiority test asks whether a loss of the margin can
 be ruled out; besides yes and no it can answer that there are too few items. Its limits are Tango's
-(1998) score limits, which are valid even if few items differ or none.
+(1998) score limits, which are valid even if few items or none differ.
 
 With several tasks, each is a stratum with its own rate of differing items, and all have the same
 loss. The statistic sums the differences of the strata and their variances under the null
@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 """Confidence of each one-sided limit."""
 
 POWER = 0.80
-"""The probability of a pass with the needed items, if the true loss is as seen."""
+"""The probability of a pass with the needed items, if the true loss is the observed one."""
 
 _NORMAL = statistics.NormalDist()
 _Z = _NORMAL.inv_cdf(CONFIDENCE)
@@ -93,7 +93,7 @@ class PairedTask:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the reference is not shown to be better than guessing, so none can be lost."""
+        """Whether the reference is not shown to be better than guessing: no accuracy to lose."""
         return wilson_interval(self.accuracy, len(self.reference))[0] <= (self.chance or 0.0)
 
     @property
@@ -187,11 +187,12 @@ def compare_answers(strata: Sequence[Flips], margin: float) -> NonInferiority:
 def needed_items(flips: Flips, margin: float) -> int | None:
     """Estimates the items that a pass would take with 80 % power.
 
-    The rate of differing items is assumed to be as seen. The loss is assumed to be as seen or zero,
-    whichever needs more items; a loss seen beyond the margin is replaced by zero.
+    The rate of differing items is assumed to be the observed one. The loss is assumed to be the
+    observed one or zero, whichever needs more items; an observed loss beyond the margin is replaced
+    by zero.
 
     Returns:
-        The number of items; None if there are as many already and the loss seen is beyond the
+        The number of items; None if there are as many already and the observed loss is beyond the
         margin, so that more items can hardly help.
     """
     seen = (flips.worse - flips.better) / flips.n
@@ -218,7 +219,7 @@ def items_for_power(rate: float, margin: float, *, loss: float = 0.0) -> int:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values of several tests, if one of the significant ones is chosen (Holm 1979).
+    """Adjusts the p-values of several tests for multiple testing (Holm 1979).
 
     With a threshold of 0.05 on adjusted values, the chance of any false positive is below 5 %.
 

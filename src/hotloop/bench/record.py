@@ -104,14 +104,13 @@ class SpeculationFigures(StrictModel):
         proposed: Drafts made at each draft position.
         accepted: Drafts accepted at each draft position.
         acceptance: The acceptance rate at each draft position; None for positions without drafts.
-        tokens_per_step: Tokens that a step gave a request.
+        tokens_per_step: Tokens per step and request.
         draft_share: The share of the device's time in steps that it spent on making drafts; None if
             no step was timed.
         verify_share: Share of that time that the model took, with drafts or without.
         off_share: Plain-step share: the share of steps without drafts.
         costs: Times of a step for each number of drafts that was timed; 0 drafts first.
-        assumed_acceptance: See ``EngineConfig.assume_acceptance``; None where drafts were really
-            verified.
+        assumed_acceptance: See ``EngineConfig.assume_acceptance``; None if drafts were verified.
     """
 
     draft: Name
@@ -215,8 +214,8 @@ class DepthFigures(StrictModel):
 class GreedyFigures(StrictModel):
     """Greedy answers of the engine as it is timed, drafts included, compared with its own scores.
 
-    The generated tokens should be the most likely tokens when scored; a fault of speculation would
-    show here.
+    The generated tokens should be the most likely tokens when scored. A bug in speculation would
+    lower the agreement.
 
     Attributes:
         draft: The source of drafts: the configuration's ``draft_name``.

@@ -1,4 +1,4 @@
-"""Tells whether repeats of a timed run agree, and the likely cause if they do not.
+"""Decides whether repeats of a timed run agree, and names the likely cause if they do not.
 
 The cause is guessed from the pattern of the samples and from the load of the machine meanwhile. It
 tells a user where to look; no sample is corrected or dropped.
@@ -88,9 +88,9 @@ def explain_instability(
     if _variation(tokens_per_step) > MAX_VARIATION:
         low, high = min(tokens_per_step), max(tokens_per_step)
         cause = (
-            "drafts are kept at random" if acceptance_assumed else "drafts suit some texts better"
+            "drafts are accepted at random" if acceptance_assumed else "acceptance varies by text"
         )
-        pattern = f"{cause}, a step gave {low:.2f} to {high:.2f} tokens"
+        pattern = f"{cause}, from {low:.2f} to {high:.2f} tokens per step"
     else:
         pattern = _pattern(seconds)
     what = (
@@ -102,7 +102,7 @@ def explain_instability(
         what += f"; other processes took up to {busy:.0%} of the CPU meanwhile"
     clocks = [clock for clock in sm_clock_mhz if clock is not None]
     if clocks and min(clocks) < (1 - _CLOCK_CHANGE) * max(clocks):
-        what += f"; the GPU's clock went between {min(clocks):.0f} and {max(clocks):.0f} MHz"
+        what += f"; the GPU's clock varied between {min(clocks):.0f} and {max(clocks):.0f} MHz"
     return what
 
 
@@ -120,7 +120,8 @@ def _pattern(seconds: Sequence[float]) -> str:
                 f"it grew steadily, by {change:.0%} from first to last, as when heat or a power "
                 "limit lowers the clocks or memory runs short"
             )
-        return f"it fell steadily, by {change:.0%} from first to last, as when still warming up"
+        return f"it fell steadily, by {change:.0%} from first to last, as when the machine still "
+        "warms up"
     middle = statistics.median(seconds)
     odd = max(range(n), key=lambda i: abs(seconds[i] - middle))
     others = [*seconds[:odd], *seconds[odd + 1 :]]

@@ -121,7 +121,7 @@ def share_figure(
 
 
 def _sums(values: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    """Sums the values of each cluster, which has so many consecutive ones."""
+    """Sums the values of each cluster; ``sizes`` are the numbers of consecutive values."""
     assert sum(sizes) == len(values), f"{len(values)} values in clusters of {sizes}"
     rest = iter(values)
     return [math.fsum(itertools.islice(rest, size)) for size in sizes]

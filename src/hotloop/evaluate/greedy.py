@@ -28,7 +28,7 @@ def greedy_agreement(
     Args:
         engine: The engine, as it is timed.
         windows: The windows of a text.
-        on_prompt: Progress.
+        on_prompt: Called after each prompt with the number of finished prompts and of all.
 
     Returns:
         The agreement; None if the windows are too short for a prompt and an answer.
@@ -45,7 +45,9 @@ def greedy_agreement(
     same, trials, gap_max = [], [], 0.0
     for i, score in enumerate(engine.score(texts, full=True)):
         n, scored = len(answers[i]), score.log_probs if score.top is None else score.top[1]
-        assert scored is not None, "the engine was asked for whole distributions and gave none"
+        assert scored is not None, (
+            "the engine returned no whole distributions, which were requested"
+        )
         gaps = scored[-n:].amax(dim=-1) - score.token_logprobs[-n:]
         gap_max = max(gap_max, gaps.max().item())
         same.append(int((gaps <= 0).sum()))  # any of equally likely tokens may be generated

@@ -58,7 +58,7 @@ def load(argument: str, n_items: int | None) -> HarnessTask:
 
 
 def is_file(argument: str) -> bool:
-    """Tells whether an argument is the path of a YAML file."""
+    """Returns whether an argument is the path of a YAML file."""
     return argument.endswith((".yaml", ".yml"))
 
 
@@ -116,7 +116,7 @@ class HarnessTask:
     chance: float | None = None
 
     def __len__(self) -> int:
-        return self.n_items or 0  # without a limit lm-eval alone knows
+        return self.n_items or 0  # without a limit the number is known only to lm-eval
 
     @property
     def sha256(self) -> str:
@@ -196,7 +196,7 @@ def right_answers(name: str, samples: dict[str, Sequence[dict[str, Any]]]) -> li
         right.append(float(sample[metric]) >= 0.5)
     if not right or len(right) < len(ordered):
         raise ConfigError(
-            f"the task lm-eval:{name} does not say of every item whether it is right: it has none "
-            f"of {', '.join(METRICS)}, and cannot be compared item by item."
+            f"the task lm-eval:{name} cannot be compared item by item: some items have none of the "
+            f"metrics {', '.join(METRICS)}. Choose a task that has one."
         )
     return right

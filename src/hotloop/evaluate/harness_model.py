@@ -67,7 +67,7 @@ class EngineLM(TemplateLM):
         add_special_tokens: bool | None = None,
         **_: Any,
     ) -> list[int]:
-        """Tokenizes, with BOS if the model's own tokenizer adds it and it is not refused."""
+        """Tokenizes, with BOS if the tokenizer adds it and ``add_special_tokens`` is not False."""
         return self._encoder.encode(string, add_special=add_special_tokens is not False)
 
     def _loglikelihood_tokens(
@@ -101,7 +101,7 @@ class EngineLM(TemplateLM):
         """Answers prompts; all with the same options in one call of the engine.
 
         Raises:
-            RequestError: A task asks for more new tokens than the context holds.
+            RequestError: A task requests more new tokens than the context holds.
         """
         answers = [""] * len(requests)
         groups: dict[SamplingParams, list[int]] = {}
@@ -112,7 +112,7 @@ class EngineLM(TemplateLM):
             room = self.max_length - params.max_new_tokens
             if room < 1:
                 raise RequestError(
-                    f"the task asks for {params.max_new_tokens} new tokens, and the context holds "
+                    f"the task requests {params.max_new_tokens} new tokens, and the context holds "
                     f"{self._max_tokens} with the prompt: raise max_seq_len (--max-seq-len)."
                 )
             prompts = [self._encoder.encode(requests[i].args[0])[-room:] for i in members]

@@ -4,7 +4,7 @@ r"""Tasks from local files: one JSON object per line, in one of three forms.
         Multiple choice: right if the choice ``gold``, counted from 0, is the likeliest one after
         the query.
     {"context_options": ["...", "..."], "continuation": "...", "gold": 1}
-        Which context: right if the continuation is likeliest after the context ``gold``.
+        Choice of context: right if the continuation is likeliest after the context ``gold``.
     {"context": "...", "continuation": "..."}
         Cloze: right if every token of the continuation is the most likely one after the context.
 
@@ -53,11 +53,13 @@ class Item(StrictModel):
         return 1 / len(self.pairs)
 
     def is_right(self, scores: Sequence[Likelihood]) -> bool:
-        """Returns whether the answer is right, by the scores of ``pairs``."""
+        """Returns whether the answer is right, given the scores of ``pairs``."""
         raise NotImplementedError
 
 
-class _Choosing(Item):
+class _OptionItem(Item):
+    """An item with several options, of which ``gold`` is the right one."""
+
     gold: Index
 
     @model_validator(mode="after")
@@ -67,13 +69,13 @@ class _Choosing(Item):
         return self
 
     def is_right(self, scores: Sequence[Likelihood]) -> bool:
-        """See ``Item``. The answer is the first of the likeliest options."""
+        """Returns whether ``gold`` is the most likely option, the first one if several are."""
         best = max(range(len(scores)), key=lambda i: scores[i].logprob)
         return best == self.gold
 
 
-class Choice(_Choosing):
-    """Multiple choice."""
+class Choice(_OptionItem):
+    """A multiple-choice item: one query and several answers."""
 
     query: Text
     choices: Options
@@ -85,8 +87,8 @@ class Choice(_Choosing):
         return [_joined(self.query, self.delimiter, choice) for choice in self.choices]
 
 
-class WhichContext(_Choosing):
-    """One continuation after several contexts."""
+class ContextChoice(_OptionItem):
+    """An item with one continuation and several contexts."""
 
     context_options: Options
     continuation: Text
@@ -98,7 +100,7 @@ class WhichContext(_Choosing):
 
 
 class Cloze(Item):
-    """A continuation to predict word for word."""
+    """An item with a continuation that must be predicted word for word."""
 
     context: Text
     continuation: Text
@@ -110,15 +112,15 @@ class Cloze(Item):
 
     @property
     def chance(self) -> float:
-        """See ``Item``. It is 0: there are tens of thousands of words."""
+        """The chance of guessing right: 0, since there are tens of thousands of words."""
         return 0.0
 
     def is_right(self, scores: Sequence[Likelihood]) -> bool:
-        """See ``Item``. The answer is right if greedy decoding would write the continuation."""
+        """Returns whether greedy decoding would generate the continuation."""
         return scores[0].is_greedy
 
 
-FORMS = {"choices": Choice, "context_options": WhichContext, "context": Cloze}
+FORMS = {"choices": Choice, "context_options": ContextChoice, "context": Cloze}
 """The forms, each by a key that only it has."""
 
 
@@ -172,7 +174,9 @@ def load(argument: str, n_items: int | None) -> ItemTask:
     forms = {type(item).__name__ for item in items}
     if len(forms) > 1:
         raise config_error(
-            path, f"has items of several forms ({', '.join(sorted(forms))}): a file has one"
+            path,
+            f"has items of several forms ({', '.join(sorted(forms))}): put each form into its "
+            "own file",
         )
     return ItemTask(name=path.stem, items=items)
 
@@ -188,8 +192,8 @@ def _items(path: Path) -> Iterator[Item]:
         if form is None:
             raise config_error(
                 place,
-                "an item has query, choices and gold; or context_options, continuation and gold; "
-                f"or context and continuation; and not {', '.join(said) or 'no key'}",
+                "an item must have query, choices and gold; or context_options, continuation and "
+                f"gold; or context and continuation; not {', '.join(said) or 'no key'}",
             )
         yield validated(form, said, place, refuse=config_error)
 

@@ -52,7 +52,7 @@ class TextEncoder:
             lose tokens from the left.
 
     Attributes:
-        n_cut: Windows that were cut so far.
+        n_cut: The number of windows that were truncated so far.
     """
 
     def __init__(self, engine: Engine, max_tokens: int | None = None) -> None:
@@ -105,8 +105,8 @@ class TextEncoder:
             before, after = whole[:n_before] or [self.prefix_id], whole[n_before:]
         if not after:
             raise ConfigError(
-                f"the continuation {shorten_value(continuation)} adds no token to its context: "
-                "there is nothing to score."
+                f"the continuation {shorten_value(continuation)} adds no token to its context, so "
+                "there is nothing to score: leave the item out."
             )
         return self.window(before, after)
 
@@ -118,8 +118,8 @@ class TextEncoder:
         """
         if len(after) >= self._max_tokens:
             raise ConfigError(
-                f"a continuation of {len(after)} tokens is beyond the context of "
-                f"{self._max_tokens}: raise max_seq_len (--max-seq-len)."
+                f"a continuation of {len(after)} tokens does not fit in the context of "
+                f"{self._max_tokens} tokens: raise max_seq_len (--max-seq-len)."
             )
         ids = (*before, *after)
         self.n_cut += len(ids) > self._max_tokens

@@ -52,7 +52,7 @@ def perplexities(
         protocols: The protocols.
         size: Tokens of a window.
         limit: The most windows.
-        on_window: Progress.
+        on_window: Called after each window.
 
     Returns:
         ``llama.cpp``, ``lm-eval word`` and ``lm-eval byte``, as far as they were requested.

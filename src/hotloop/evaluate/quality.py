@@ -65,7 +65,7 @@ class Quality:
         kl_p99_9: Its 99.9 % quantile.
         kl_max: The maximum over all predicted tokens.
         kl_at_least: In place of these figures, for an engine that returns only the probabilities of
-            a few most likely tokens: a lower bound of the mean, with all other tokens taken as one.
+            the most likely tokens: a lower bound of the mean. All other tokens count as one.
         delta_p: The probability of the text's token minus the reference's, in -1 to 1.
         delta_p_rms: Root mean square of that difference over all predicted tokens.
         same_top1: Same-top-1 rate: the share of positions at which both models have the same most
@@ -110,7 +110,7 @@ def measure_quality(
         reference: The unquantized model's predictions on the same windows.
         articles: The number of windows in each article, to cluster standard errors by article; None
             clusters them by window.
-        on_window: Progress.
+        on_window: Called after each window.
 
     Raises:
         ConfigError: There are no windows, their lengths differ, or the reference has other windows.
@@ -119,7 +119,9 @@ def measure_quality(
     _check_windows(windows)
     if reference is not None and reference.windows_sha256 != hash_windows(windows):
         raise ConfigError(
-            "the reference was scored on other tokens: another text, window or tokenizer."
+            "the reference was scored on other tokens: its text, window or tokenizer differs. "
+            "Score it "
+            "again on these windows."
         )
     nll: list[Tensor] = []
     reference_nll: list[Tensor] = []
@@ -205,8 +207,9 @@ def write_reference(
 ) -> Reference:
     """Scores every window with the unquantized ``engine``, writes the reference and opens it.
 
-    The beginnings of some windows are scored twice: the same predictions, by matrix products of
-    other shapes. The divergence of the two is the floor; differences below it mean nothing.
+    The beginnings of some windows are scored twice, the second time in shorter windows, whose
+    matrix products have other shapes. The divergence between the two is the floor: a smaller
+    divergence cannot be distinguished from rounding.
 
     Raises:
         ConfigError: There are no windows, their lengths differ, or they contradict ``key``.
@@ -287,7 +290,7 @@ def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:
 
 
 def _coarse_kl(top: tuple[Tensor, Tensor], reference: Reference, index: int, rows: slice) -> Tensor:
-    """Computes the KL divergence with all tokens except ``top`` taken as one: a lower bound."""
+    """Computes the KL divergence with all tokens except ``top`` merged into one: a lower bound."""
     ids_TK, log_q_TK = (part[rows].cpu() for part in top)
     log_p_TV = torch.log_softmax(reference.log_probs(index, rows), dim=-1)
     log_p_TK = log_p_TV.gather(1, ids_TK)

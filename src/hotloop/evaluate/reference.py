@@ -56,7 +56,7 @@ _CHUNK_ELEMENTS = 2**20
 
 
 class ReferenceKey(StrictModel):
-    """Identifies a reference: another value of any field is another reference.
+    """Identifies a reference: two references differ if any field differs.
 
     Attributes:
         weights: Hash that identifies the checkpoint.
@@ -77,7 +77,7 @@ class ReferenceKey(StrictModel):
 
     @property
     def n_predictions(self) -> int:
-        """The number of predictions over all windows: a window's first token is only given."""
+        """The number of predictions over all windows; the first token of each is not predicted."""
         return self.n_windows * (self.window - 1)
 
     @property
@@ -169,7 +169,8 @@ class ReferenceWriter:
         windows: The windows that will be added, in order.
 
     Raises:
-        HotloopError: There is not enough room on the disk.
+        ConfigError: ``windows`` do not have the shape of ``key``.
+        HotloopError: There is not enough space on the disk.
     """
 
     def __init__(self, path: Path, key: ReferenceKey, windows: Sequence[Sequence[int]]) -> None:
@@ -207,7 +208,7 @@ class ReferenceWriter:
             file.finish()
 
     def add(self, score: Score) -> None:
-        """Appends the next window's predictions. ``score`` must hold the whole distributions."""
+        """Appends the next window's predictions; ``score`` must have the whole distributions."""
         log_probs = full_log_probs(score, self._key.vocab_size)
         self._top1.append(score.top1.cpu().long())
         self._token_logprobs.append(score.token_logprobs.cpu().float())
@@ -216,8 +217,10 @@ class ReferenceWriter:
 
     def _finish(self) -> None:
         top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)
-        assert len(top1) == self._key.n_predictions, "windows were announced and not added"
-        assert len(self.floor) == self._key.n_floor, "the floor was announced and not measured"
+        assert len(top1) == self._key.n_predictions, "fewer windows were added than the key has"
+        assert len(self.floor) == self._key.n_floor, (
+            "the floor was not measured for every window of the key"
+        )
         values_of = {
             "top1": top1,
             "token_logprobs": token_logprobs,
@@ -246,7 +249,7 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
         ConfigError: The vocabulary is of another size.
     """
     log_probs = score.log_probs
-    assert log_probs is not None, "the engine was asked for whole distributions and gave none"
+    assert log_probs is not None, "the engine returned no whole distributions, which were requested"
     if (V := log_probs.shape[-1]) != vocab_size:
         raise ConfigError(f"distributions over {V} tokens cannot be compared with {vocab_size}.")
     return log_probs
@@ -271,8 +274,8 @@ def _check_key(path: Path, *, found: ReferenceKey, wanted: ReferenceKey) -> None
     for name, value in wanted:
         if (other := getattr(found, name)) != value:
             raise ConfigError(
-                f"{path} is the reference of something else: its {name} is "
-                f"{shorten_value(other)}, not {value!r}. Delete it to have it written anew."
+                f"{path} is a reference whose {name} is {shorten_value(other)}, not {value!r}. "
+                "Delete it, and it will be written again."
             )
 
 

@@ -60,7 +60,7 @@ class ReferenceStore:
         self.trim()
 
     def hold(self, file: Path) -> None:
-        """Holds a file, which need not exist yet, until the block ends, and records its use."""
+        """Locks a file, which need not exist yet, until the block ends; updates its use time."""
         lock = self._held.enter_context(opened_to_append(_lock_of(file)))
         fcntl.flock(lock, fcntl.LOCK_SH)
         with suppress(FileNotFoundError):
@@ -93,7 +93,7 @@ def _lock_of(file: Path) -> Path:
 
 @contextmanager
 def _unused(file: Path) -> Iterator[bool]:
-    """Tells whether no command holds a file; within the block, no other command can."""
+    """Yields whether no command has locked a file; within the block, no other command can."""
     with opened_to_append(_lock_of(file)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

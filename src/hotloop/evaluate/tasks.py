@@ -93,7 +93,8 @@ def load_tasks(texts: Sequence[str], n_items: int | None) -> list[Task]:
     for i, task in enumerate(tasks):
         if task.name in (other.name for other in tasks[:i]):
             raise ConfigError(
-                f"two tasks are named {shorten_value(task.name)}: rename a file, or leave one out."
+                f"two tasks have the name {shorten_value(task.name)}: rename a file, or leave "
+                "one out."
             )
         for other in tasks[:i]:
             if task.sha256 == other.sha256:
@@ -145,7 +146,7 @@ class AnswersKey(StrictModel):
 
 
 class _Answers(StrictModel):
-    """The file of a reference's answers: for each task, a text of 1 and 0, one per item."""
+    """The file of a reference's answers: for each task, a string of 1 and 0, one per item."""
 
     key: AnswersKey
     right: Annotated[tuple[Annotated[str, Field(pattern="^[01]+$")], ...], Field(strict=False)]
@@ -169,8 +170,9 @@ def read_answers(path: Path, key: AnswersKey) -> list[list[bool]]:
     expected = key if key.dtype else key.model_copy(update={"dtype": found.key.dtype})
     if found.key != expected:
         raise ConfigError(
-            f"{path} has the answers of another model or of other tasks. Delete it to have them "
-            "written anew."
+            f"{path} has the answers of another model or of other tasks. Delete it, and they "
+            "will be "
+            "written again."
         )
     if len(found.right) != len(key.tasks):
         raise CheckpointError(path, "it lacks the answers to some of its tasks. Delete it.")

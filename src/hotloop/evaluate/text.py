@@ -4,9 +4,9 @@ By default it is CPython's own help topics (``pydoc_data.topics``, 0.5 MB of Eng
 because every machine has them, and nothing needs to be downloaded. Any UTF-8 file can be used.
 Figures on different texts cannot be compared, so every record has the text's name and hash.
 
-It is known where the articles begin of three kinds of text: of the default one, whose topics are
-articles; of a ``.jsonl`` file, each line of which is an article, ``{"text": ...}``; and of a text
-with titles as WikiText has them, ``= Title =`` on a line of its own.
+Article boundaries are known for three kinds of text: the default one, whose topics are articles; a
+``.jsonl`` file, each line of which is an article, ``{"text": ...}``; and a text with titles as in
+WikiText, ``= Title =`` on a line of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from hotloop.outside import config_error, decode, parse_json, read_bytes
 
 MAX_TEXT_BYTES = 2**30
-"""The most bytes that are read; windows are taken from the beginning of a text."""
+"""The largest file that is read; windows are taken from the beginning of a text."""
 
 _TITLE = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 
@@ -35,7 +35,8 @@ class Text:
         name: Its name in a record.
         content: The text.
         sha256: SHA-256 of its file in hexadecimal.
-        starts: Where its articles begin, ascending; empty if that is not known.
+        starts: The offsets in characters at which its articles begin, ascending; empty if that is
+            not known.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Text:
 def load_text(path: Path | None) -> Text:
     """Reads a UTF-8 file, or the default text if ``path`` is None.
 
-    A file's bytes are taken as they are: line ends and a byte-order mark are not changed. The texts
+    A file is not normalized: line ends and a byte-order mark are not changed. The texts
     of a ``.jsonl`` file are joined by empty lines.
 
     Raises:
@@ -62,7 +63,7 @@ def load_text(path: Path | None) -> Text:
     if path.suffix == ".jsonl":
         content, starts = _join(list(_articles(content, path)))
     if not content.strip():
-        raise config_error(path, "holds no text to predict")
+        raise config_error(path, "holds no text to score")
     sha256 = hashlib.sha256(data).hexdigest()
     return Text(name=path.name, content=content, sha256=sha256, starts=tuple(starts))
 

@@ -2,7 +2,8 @@
 
 There is one item per paragraph of ``pydoc_data.topics``: the last word of four letters or more that
 occurs earlier in the paragraph, to be predicted from the text before it. A good model predicts many
-of these words, since it can copy them from the paragraph; a damaged model first loses that ability.
+of these words, since it can copy them from the paragraph. A model that quantization has damaged
+loses this ability first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ MIN_WORDS, MAX_WORDS = 20, 50
 def load(argument: str, n_items: int | None) -> ItemTask:
     """Makes the task; see ``TaskLoader``. It takes no argument."""
     if argument:
-        raise ConfigError(f"the task 'topics' has no argument, such as {shorten_value(argument)}.")
+        raise ConfigError(
+            f"the task 'topics' takes no argument, not {shorten_value(argument)}: give topics "
+            "alone."
+        )
     items = list(_items(load_text(None).content))
     # Spread over the whole text: topics in alphabetical order differ in style.
     n = min(n_items or len(items), len(items))

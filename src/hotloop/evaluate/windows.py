@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hotloop.errors import ConfigError
 
 ENOUGH_ARTICLES = 20
-"""The fewest articles to cluster by: a standard error of fewer clusters is rough itself."""
+"""The fewest articles to cluster by: with fewer clusters, a standard error is imprecise."""
 
 _CHARS_PER_TOKEN = 8
 _SPARE_TOKENS = 256
@@ -86,31 +86,32 @@ def make_windows(ids: Sequence[int], size: int, limit: int | None = None) -> lis
     n_windows = len(ids) // size
     if n_windows == 0:
         raise ConfigError(
-            f"the text has {len(ids)} tokens and a window takes {size}. "
+            f"the text has {len(ids)} tokens, fewer than a window of {size}. "
             "Use a longer text or a smaller window."
         )
     n_windows = n_windows if limit is None else min(n_windows, limit)
     return [list(ids[i * size : (i + 1) * size]) for i in range(n_windows)]
 
 
-def windows_of_articles(
+def windows_per_article(
     encode: Callable[[str], list[int]], text: str, starts: Sequence[int], size: int, n_windows: int
 ) -> tuple[int, ...] | None:
     """Counts the windows of each article, in the order of the text.
 
-    A window is of the article in which its middle lies. Each article is tokenized behind the end of
-    the text before it, and the tokens of that end are subtracted. So whatever a cut does to tokens
-    moves the end of one article, and does not add up over the articles.
+    A window belongs to the article that contains its middle. Each article is tokenized after the end
+    of the text before it, and the tokens of that end are subtracted. So a cut moves the end of one
+    article by about a token, and these errors do not add up over the articles.
 
     Args:
         encode: Makes token ids of a text.
         text: The text.
-        starts: Where its articles begin.
+        starts: The offsets in characters at which its articles begin.
         size: Tokens of a window.
-        n_windows: The windows, from the beginning of the text.
+        n_windows: The number of windows, from the beginning of the text.
 
     Returns:
-        The numbers; None if the windows are of fewer than ``ENOUGH_ARTICLES``.
+        The number of windows of each article; None if the windows are of fewer articles than
+        ``ENOUGH_ARTICLES``.
     """
     if len(starts) < ENOUGH_ARTICLES:
         return None

@@ -38,7 +38,7 @@ from hotloop.evaluate.tasks import (
     write_answers,
 )
 from hotloop.evaluate.text import Text, load_text
-from hotloop.evaluate.windows import take_windows, windows_of_articles
+from hotloop.evaluate.windows import take_windows, windows_per_article
 from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
 from hotloop.sweep.job import Job
 from hotloop.types import OWN_ENGINE
@@ -408,7 +408,7 @@ def _windows(
         text_sha256=text.sha256,
         window=job.quality.window,
         n_windows=len(windows),
-        articles=windows_of_articles(engine.encode, text.content, text.starts, size, len(windows)),
+        articles=windows_per_article(engine.encode, text.content, text.starts, size, len(windows)),
     )
     own = job.config.engine == OWN_ENGINE
     key = ReferenceKey(

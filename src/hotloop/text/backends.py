@@ -1,4 +1,4 @@
-"""Backends of tokenizers: two libraries that encode text, behind one protocol.
+"""Tokenizer backends: two libraries that encode text, behind one protocol.
 
 ``JsonBackend`` reads a ``tokenizer.json`` with Hugging Face's ``tokenizers``;
 ``SentencePieceBackend`` reads a ``tokenizer.model`` with ``sentencepiece``.
@@ -80,7 +80,7 @@ class Backend(Protocol):
     """A vocabulary, and the encoding of text with it.
 
     Attributes:
-        vocab_size: Token ids are below this; some of them may have no token.
+        vocab_size: The number of token ids, some of which may have no token.
         special_ids: Control tokens, which decoded text leaves out by default.
         added_ids: Tokens that are matched as a whole before text is split, including control
             tokens, by their text.
@@ -93,7 +93,13 @@ class Backend(Protocol):
     strips_leading_space: bool
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Encodes ``text``."""
+        """Encodes ``text``.
+
+        Args:
+            text: Any text.
+            add_special: Add the tokens that the model expects around a text, such as BOS.
+            parse_special: Parse control tokens that are spelled in the text.
+        """
         ...
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
@@ -137,8 +143,8 @@ class JsonBackend:
         self._encoding = threading.Lock()
         self._piece_bytes, self.strips_leading_space = _read_decoder(tokenizer.decoder, file)
         added = tokenizer.get_added_tokens_decoder()
-        # Of added tokens, and of others once they were asked for. Between two steps the library's
-        # look-up, which is in none of the processor's caches then, takes some twenty microseconds.
+        # The bytes of added tokens, and of other tokens after their first look-up. A look-up in the
+        # library misses the processor's caches between two steps: about twenty microseconds.
         self._bytes = {i: token.content.encode() for i, token in added.items()}
         self.added_ids: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self._special = {token.content: (i, token) for i, token in added.items() if token.special}
@@ -155,7 +161,7 @@ class JsonBackend:
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Encodes ``text``, and parses control tokens except those after a ``mark``."""
         ids: list[int] = []
-        for part in _split(text, _splitter(self._special, after_not=mark), self._special):
+        for part in _split(text, _splitter(self._special, unless_after=mark), self._special):
             if isinstance(part, int):
                 ids.append(part)
             elif stretch := part.replace(mark, ""):
@@ -208,13 +214,16 @@ def load_json_backend(file: Path, config: TokenizerConfig) -> JsonBackend:
     data = read_bytes(file, limit=VOCABULARY_LIMIT_BYTES)
     with library_errors(file, "not a tokenizer.json that can be read"):
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        if config.kind.takes_prefix_space and config.add_prefix_space is not None:
+        if config.kind.applies_prefix_space and config.add_prefix_space is not None:
             tokenizer = _with_prefix_space(tokenizer, config.add_prefix_space)
         _add_tokens(tokenizer, config)
-        if config.kind.frames and (config.add_bos_token, config.add_eos_token) != (None, None):
+        if config.kind.applies_bos_eos and (config.add_bos_token, config.add_eos_token) != (
+            None,
+            None,
+        ):
             bos = config.kind.adds_bos if config.add_bos_token is None else config.add_bos_token
             names = {**config.kind.names, **config.names}
-            frame_with(
+            set_bos_eos(
                 tokenizer,
                 names.get("bos_token") if bos else None,
                 names.get("eos_token") if config.add_eos_token else None,
@@ -283,7 +292,7 @@ def _prefix_changed(part: Any, wanted: bool) -> Any:
             return part
 
 
-def frame_with(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+def set_bos_eos(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
     """Makes ``tokenizer`` add these tokens, if given, before and after every text."""
     framing = [
         (token, token_id)
@@ -317,7 +326,8 @@ def _read_decoder(decoder: Decoder | None, file: Path) -> tuple[Callable[[str], 
                 pass
             case _:
                 raise UnsupportedError(
-                    f"{file}: a decoder of type {part['type']!r} as given here is not supported. "
+                    f"{file}: a decoder of type {part['type']!r} with these options is not "
+                    "supported. "
                     "Byte-level (GPT-2, Llama 3, Qwen) and SentencePiece-like (Llama 2, Mistral) "
                     "decoders are."
                 )
@@ -375,13 +385,13 @@ class SentencePieceBackend:
         proto: The model.
         file: Its file, for error messages.
         config: The ``tokenizer_config.json`` beside it. ``added_tokens_decoder`` adds tokens,
-            ``add_bos_token`` (true unless it says otherwise) and ``add_eos_token`` frame a text
-            with the tokens that it names. SentencePiece puts a space before a text, unless
+            ``add_bos_token`` (true by default) and ``add_eos_token`` add the tokens that it names
+            before and after a text. SentencePiece puts a space before a text, unless
             ``add_prefix_space`` is false; with ``legacy: false`` it adds no further space after
             special tokens within the text.
 
     Raises:
-        CheckpointError: The model contradicts itself.
+        CheckpointError: The model is inconsistent.
         UnsupportedError: It normalizes text in a way that cannot be undone here.
     """
 
@@ -394,7 +404,7 @@ class SentencePieceBackend:
                 f"{file}: SentencePiece models with whitespace as a suffix or with a denormalizer "
                 "are not supported."
             )
-        if config.add_prefix_space is False and config.kind.takes_prefix_space:
+        if config.add_prefix_space is False and config.kind.applies_prefix_space:
             proto.normalizer_spec.add_dummy_prefix = False
         kinds = ModelProto.SentencePiece
         self._proto = proto
@@ -437,7 +447,7 @@ class SentencePieceBackend:
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Encodes ``text``, and parses control tokens except those after a ``mark``."""
         ids: list[int] = []
-        for part in _split(text, _splitter(self._special, after_not=mark), self._by_text):
+        for part in _split(text, _splitter(self._special, unless_after=mark), self._by_text):
             if isinstance(part, int):
                 ids.append(part)
             elif stretch := part.replace(mark, ""):
@@ -531,9 +541,9 @@ def _added_tokens(file: Path, config: TokenizerConfig) -> dict[int, AddedToken]:
     return added
 
 
-def _splitter(texts: Iterable[str], *, after_not: str = "") -> re.Pattern[str]:
-    """Makes a pattern of added tokens, longest first, except right after ``after_not``."""
-    no_mark = f"(?<!{re.escape(after_not)})" if after_not else ""
+def _splitter(texts: Iterable[str], *, unless_after: str = "") -> re.Pattern[str]:
+    """Makes a pattern of added tokens, longest first, except right after ``unless_after``."""
+    no_mark = f"(?<!{re.escape(unless_after)})" if unless_after else ""
     return re.compile(f"{no_mark}(?:{any_of(texts)})")
 
 
@@ -556,7 +566,7 @@ def _split(
 
 
 def _is_tiktoken(data: bytes) -> bool:
-    """Tells whether the first line is a token in base64 and its rank."""
+    """Returns whether the first line is a token in base64 and its rank."""
     token, _, rank = data.split(b"\n", 1)[0].partition(b" ")
     try:
         return bool(base64.b64decode(token, validate=True)) and rank.strip().isdigit()

@@ -104,14 +104,18 @@ class ChatTemplate:
         """
         for name in RESERVED_VARIABLES:
             if name in variables:
-                raise RequestError(f"the template variable {name!r} cannot be set.")
+                raise RequestError(
+                    f"the template variable {name!r} is set by hotloop: leave it out."
+                )
         given = {"tools": None, "documents": None, **variables}
         given["add_generation_prompt"] = add_generation_prompt
         listed = as_messages(messages)
         try:
             request = _frame({"messages": listed, "variables": given, "mark": mark})
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"what messages hold must be JSON values: {error}") from error
+            raise RequestError(
+                f"messages and template variables must be JSON values: {error}"
+            ) from error
         with self._rendering:
             reply = self._ask(request)
         if "text" in reply:
@@ -192,7 +196,7 @@ def _receive(process: subprocess.Popen[bytes], deadline: float) -> bytes:
     """Reads a reply.
 
     Raises:
-        TimeoutError: There is none in time.
+        TimeoutError: There is no reply before ``deadline``, a time of ``time.monotonic``.
         EOFError: The process ended.
     """
     assert process.stdout is not None

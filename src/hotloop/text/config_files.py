@@ -47,12 +47,12 @@ def read_optional_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is not JSON, or holds something other than an object.
     """
-    text = outside.read_text(file) if file_is_there(file) else ""
+    text = outside.read_text(file) if path_exists(file) else ""
     return outside.parse_json(text, file) if text.strip() else {}
 
 
-def file_is_there(file: Path) -> bool:
-    """Tells whether a path exists, also as a broken link, which differs from a missing file."""
+def path_exists(file: Path) -> bool:
+    """Returns whether a path exists; a broken link does, unlike a missing file."""
     return os.path.lexists(file)
 
 
@@ -177,41 +177,42 @@ class TokenizerConfig(StrictModel):
 
     @property
     def kind(self) -> TokenizerClass:
-        """The behaviour of the tokenizer class."""
+        """The behavior of the tokenizer class."""
         return _CLASSES.get((self.tokenizer_class or "").removesuffix("Fast"), TokenizerClass())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerClass:
-    """Behaviour of a tokenizer class of transformers beyond its ``tokenizer.json``.
+    """Behavior of a tokenizer class of transformers beyond its ``tokenizer.json``.
 
     Attributes:
-        frames: It follows ``add_bos_token`` and ``add_eos_token``, whatever tokens the file adds
-            around a text. Other classes follow the file. (This is transformers 4, with which models
-            of these classes were made; 5 follows the keys where there is no ``tokenizer.json``.)
+        applies_bos_eos: It follows ``add_bos_token`` and ``add_eos_token``, whatever tokens
+            the file adds around a text. Other classes follow the file. (This is the behavior of
+            transformers 4, with which models of these classes were made; transformers 5 follows
+            the keys if there is no ``tokenizer.json``.)
         adds_bos: It adds BOS by default, without ``add_bos_token``.
-        takes_prefix_space: It follows ``add_prefix_space``.
+        applies_prefix_space: It follows ``add_prefix_space``.
         names: Its special tokens, if the configuration names none.
     """
 
-    frames: bool = False
+    applies_bos_eos: bool = False
     adds_bos: bool = False
-    takes_prefix_space: bool = False
+    applies_prefix_space: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
 
 
 _TEXT_END = "<|endoftext|>"
 _LLAMA = TokenizerClass(
-    frames=True,
+    applies_bos_eos=True,
     adds_bos=True,
-    takes_prefix_space=True,
+    applies_prefix_space=True,
     names={"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 )
 _CLASSES = {
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA,
     "GemmaTokenizer": TokenizerClass(
-        frames=True,
+        applies_bos_eos=True,
         adds_bos=True,
         names={
             "bos_token": "<bos>",
@@ -221,20 +222,20 @@ _CLASSES = {
         },
     ),
     "CohereTokenizer": TokenizerClass(
-        frames=True,
+        applies_bos_eos=True,
         adds_bos=True,
         names={"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"},
     ),
     "GPTNeoXTokenizer": TokenizerClass(
-        frames=True,
+        applies_bos_eos=True,
         names=dict.fromkeys(("bos_token", "eos_token", "unk_token"), _TEXT_END),
     ),
     "GPT2Tokenizer": TokenizerClass(
-        takes_prefix_space=True,
+        applies_prefix_space=True,
         names=dict.fromkeys(("bos_token", "eos_token", "unk_token"), _TEXT_END),
     ),
     "Qwen2Tokenizer": TokenizerClass(
-        takes_prefix_space=True,
+        applies_prefix_space=True,
         names=dict.fromkeys(("eos_token", "unk_token", "pad_token"), _TEXT_END),
     ),
 }

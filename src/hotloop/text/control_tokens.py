@@ -81,7 +81,9 @@ def unused_mark(value: Any) -> str:
     for mark in MARKS:
         if mark not in used:
             return mark
-    raise RequestError("the messages hold every one of Unicode's noncharacters: leave one out.")
+    raise RequestError(
+        "the messages contain all 32 noncharacters from U+FDD0 to U+FDEF: remove one of them."
+    )
 
 
 def _with_texts(value: Any, change: Callable[[str], str], levels: int = MAX_DEPTH) -> Any:

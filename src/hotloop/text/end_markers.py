@@ -76,7 +76,7 @@ CODE_PART_MARKERS = frozenset(
 """Markers of the parts of fill-in-the-middle."""
 
 
-def spelled_ends(added: Mapping[str, int], special_ids: AbstractSet[int]) -> frozenset[int]:
+def end_ids_by_spelling(added: Mapping[str, int], special_ids: AbstractSet[int]) -> frozenset[int]:
     """Returns the tokens that end an answer by their spelling.
 
     Args:

@@ -36,7 +36,7 @@ def _or_nothing(value: Any) -> Any:
 
 
 def _taken_by_sampling(value: float | None, info: ValidationInfo) -> float | None:
-    """Refuses values that the field of ``SamplingParams`` with the same name does not allow."""
+    """Refuses values outside the range of the field of ``SamplingParams`` with the same name."""
     if value is not None and info.field_name is not None:
         bounds = range_of(SamplingParams, info.field_name)
         if value not in bounds:

@@ -26,9 +26,9 @@ from hotloop.text.backends import (
     Backend,
     JsonBackend,
     SentencePieceBackend,
-    frame_with,
     library_errors,
     sentencepiece_names,
+    set_bos_eos,
 )
 from hotloop.text.config_files import (
     DEFAULT_TEMPLATE,
@@ -40,7 +40,7 @@ from hotloop.text.end_markers import (
     CODE_END_MARKERS,
     CODE_PART_MARKERS,
     END_MARKERS,
-    spelled_ends,
+    end_ids_by_spelling,
 )
 
 _PREFIX = "tokenizer.ggml."
@@ -99,8 +99,9 @@ _DEFAULT = _Splitting(
 """llama.cpp's rules for files without a name. No model was trained with them."""
 
 _DEFAULT_NOTE = (
-    f"{_PREFIX}pre names no rules: text is split by llama.cpp's default ones, which may not be the "
-    "model's. Convert the model again."
+    f"{_PREFIX}pre is missing: text is split by llama.cpp's default rules, which may differ from "
+    "the "
+    "model's. Convert the model again with a current converter."
 )
 
 _SPLITTINGS = {
@@ -211,7 +212,7 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
         metadata: Its keys and values.
 
     Raises:
-        CheckpointError: The metadata are incomplete or contradict themselves.
+        CheckpointError: The metadata are incomplete or inconsistent.
         UnsupportedError: The kind of tokenizer, or its pre-tokenizer, is not supported.
     """
     kind = metadata.get(f"{_PREFIX}model")
@@ -224,7 +225,7 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
         )
     known = {field.alias for field in _Keys.model_fields.values()}
     keys = validated(_Keys, {k: v for k, v in metadata.items() if k in known}, file)
-    # An empty text would match everywhere; llama.cpp renames it so too.
+    # An empty text would match everywhere. llama.cpp renames it in the same way.
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(keys.tokens)]
     types = [_NORMAL] * len(tokens) if keys.token_type is None else keys.token_type
     if len(types) != len(tokens):
@@ -261,7 +262,7 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
     else:
         backend, config = _sentencepiece_backend(file, keys, tokens, types, config)
     named = {ids[key] for key in (*_END_IDS, *_CODE_END_IDS) if key in ids}
-    ends = named | spelled_ends(backend.added_ids, backend.special_ids)
+    ends = named | end_ids_by_spelling(backend.added_ids, backend.special_ids)
     return GGUFVocabulary(backend, config, frozenset(ends), notes)
 
 
@@ -305,7 +306,7 @@ def _byte_level_backend(
         "add_bos_token": _or_default(keys.add_bos_token, splitting.add_bos),
         "add_eos_token": _or_default(keys.add_eos_token, False),
     }
-    frame_with(
+    set_bos_eos(
         tokenizer,
         config.get("bos_token") if config["add_bos_token"] else None,
         config.get("eos_token") if config["add_eos_token"] else None,

@@ -57,7 +57,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _refuse_file(name: str) -> NoReturn:
     raise jinja2.TemplateSyntaxError(
-        f"it reads another template, {name!r}; a chat template has to be one file", 1
+        f"it reads another template, {name!r}; a chat template must be one file", 1
     )
 
 
@@ -147,7 +147,7 @@ def _send(stream: BinaryIO, value: dict[str, Any]) -> None:
 
 
 def _receive(stream: BinaryIO) -> dict[str, Any] | None:
-    # None at the end.
+    """Reads a request; returns None at the end of the stream."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None

@@ -33,14 +33,14 @@ from hotloop.text.config_files import (
     TOKENIZER_CONFIG,
     TOOL_TEMPLATE,
     TokenizerConfig,
-    file_is_there,
     named_templates,
+    path_exists,
     read_added_tokens,
     read_end_ids,
     read_tokenizer_config,
 )
 from hotloop.text.control_tokens import ControlTokens, unused_mark
-from hotloop.text.end_markers import spelled_ends
+from hotloop.text.end_markers import end_ids_by_spelling
 from hotloop.text.generation_config import write_generation_config
 from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
 from hotloop.types import ChatPrompt
@@ -74,7 +74,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this. The model's vocabulary can be larger, because of padding."""
+        """The number of token ids. The model's vocabulary can be larger, because of padding."""
         return self.backend.vocab_size
 
     @property
@@ -247,13 +247,13 @@ class Tokenizer:
         if self.chat_template is None:
             raise UnsupportedError(
                 f"{self.source} has no chat template (none named {DEFAULT_TEMPLATE!r}, where there "
-                "are several). It is probably no chat model: generate from plain text instead."
+                "are several). It is probably not a chat model: generate from plain text instead."
             )
         return ChatTemplate(self.chat_template, self.source)
 
     @cached_property
     def _with_tools(self) -> ChatTemplate:
-        assert self.tool_template is not None, "asked for where there is one"
+        assert self.tool_template is not None, "the caller has checked that there is one"
         return ChatTemplate(self.tool_template, self.source)
 
     def save(self, folder: Path) -> list[Path]:
@@ -282,7 +282,7 @@ def _check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         bad = ascii(text[error.start])
         raise RequestError(
-            f"the text is not valid Unicode: it holds {bad}, half a surrogate pair."
+            f"the text is not valid Unicode: it contains {bad}, half a surrogate pair. Remove it."
         ) from error
 
 
@@ -332,9 +332,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def _load_folder(folder: Path) -> Tokenizer:
     raw = read_tokenizer_config(folder)
-    if file_is_there(json_file := folder / TOKENIZER_JSON):
+    if path_exists(json_file := folder / TOKENIZER_JSON):
         backend: Backend = load_json_backend(json_file, _parsed(folder, raw))
-    elif file_is_there(model_file := folder / TOKENIZER_MODEL):
+    elif path_exists(model_file := folder / TOKENIZER_MODEL):
         proto = read_sentencepiece_model(model_file)
         raw = {**sentencepiece_names(proto), **_with_added_tokens(folder, raw)}
         backend = SentencePieceBackend(proto, model_file, _parsed(folder, raw))
@@ -343,7 +343,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     class_names = _parsed(folder, raw).kind.names
     raw = {k: v for k, v in class_names.items() if backend.token_id(v) is not None} | raw
     config = _parsed(folder, raw)
-    if file_is_there(template_file := folder / _CHAT_TEMPLATE_FILE):
+    if path_exists(template_file := folder / _CHAT_TEMPLATE_FILE):
         chat_template, tool_template = read_text(template_file), None
     else:
         chat_template = config.template(DEFAULT_TEMPLATE)
@@ -377,7 +377,7 @@ def _eos_ids(folder: Path, config: TokenizerConfig, backend: Backend) -> frozens
 
     The ids come from ``generation_config.json``, or if it has none, from the other two files.
     """
-    spelled = spelled_ends(backend.added_ids, backend.special_ids)
+    spelled = end_ids_by_spelling(backend.added_ids, backend.special_ids)
     if ids := read_end_ids(folder / GENERATION_CONFIG):
         return ids | spelled
     token_id = backend.token_id(config.names["eos_token"]) if "eos_token" in config.names else None
@@ -389,7 +389,8 @@ def _no_tokenizer(folder: Path) -> Exception:
     for pattern in _OTHER_TOKENIZERS:
         for file in sorted(folder.glob(pattern)):
             return UnsupportedError(
-                f"{file}: tokenizers of this kind are not read. Convert it to a {TOKENIZER_JSON}: "
+                f"{file}: tokenizers of this kind are not supported. Convert it to a "
+                f"{TOKENIZER_JSON}: "
                 "load it with transformers and call save_pretrained."
             )
     return CheckpointError(
