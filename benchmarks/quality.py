@@ -19,7 +19,7 @@ from gpu import require_marks, table, write_between
 
 from hotloop.bench.record import Record
 from hotloop.report.numbers import divergence, significant, uncertain
-from hotloop.report.quality import outcome
+from hotloop.report.quality import format_outcome
 from hotloop.report.read import read_records
 from hotloop.sweep.store import RECORDS, append
 
@@ -76,7 +76,7 @@ def line(scheme: str, record: Record) -> tuple[str, ...]:
     figures.append(f"{100 * tasks[0].accuracy.mean:.1f} %" if tasks else "–")
     if verdict is None:
         return (scheme, *figures, "–", "–")
-    return (scheme, *figures, f"{verdict.worse} / {verdict.better}", outcome(verdict))
+    return (scheme, *figures, f"{verdict.worse} / {verdict.better}", format_outcome(verdict))
 
 
 def main() -> None:

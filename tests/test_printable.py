@@ -14,7 +14,7 @@ from hotloop.console import SafeConsole
 from hotloop.printable import printable
 from hotloop.report.layout import Column, to_markdown, to_rich
 from hotloop.report.layout import Table as Report
-from hotloop.sweep.events import CellStarted, Noticed, ReferenceFinished, ReferenceStarted
+from hotloop.sweep.events import CellStarted, Notice, ReferenceFinished, ReferenceStarted
 from hotloop.sweep.progress import SweepProgress
 
 CONTROLS = [chr(i) for i in (*range(0x20), *range(0x7F, 0xA0)) if chr(i) not in "\n\t"]
@@ -85,7 +85,7 @@ def test_progress_of_a_sweep_shows_what_a_recipe_says_as_text():
         console = SafeConsole(file=out, width=300, force_terminal=is_terminal, color_system=None)
         with SweepProgress(console) as progress:
             for event in (
-                Noticed(HOSTILE),
+                Notice(HOSTILE),
                 ReferenceStarted(HOSTILE),
                 ReferenceFinished(HOSTILE, HOSTILE),
                 CellStarted(HOSTILE, 1, 1),

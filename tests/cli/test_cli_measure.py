@@ -85,7 +85,7 @@ def test_a_record_for_people_ends_with_the_notes_that_its_lines_cite(monkeypatch
     engine = {"notes": ["a not used: slow", "b not used: slower"]}
 
     def run(each, _):
-        return record(each.config, "unstable", engine=engine, quality_reason="not asked for")
+        return record(each.config, "unstable", engine=engine, quality_reason="not requested")
 
     monkeypatch.setattr(cell, "run_cell", run)
     assert main(["bench", *RANDOM_7B, "--execution", "eager"]) == 0
@@ -93,7 +93,7 @@ def test_a_record_for_people_ends_with_the_notes_that_its_lines_cite(monkeypatch
     assert any(line.startswith("decode tok/s") and line.endswith(" [1] [2]") for line in lines)
     assert lines[lines.index("[1] a not used: slow") + 1] == "[2] b not used: slower"
     assert ["reason", "because"] in [line.split() for line in lines]
-    assert "No quality: not asked for." in lines
+    assert "No quality: not requested." in lines
 
 
 @pytest.mark.usefixtures("jobs")

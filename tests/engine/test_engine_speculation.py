@@ -18,7 +18,7 @@ from hotloop import LLM, EngineConfig, Generation, SamplingParams, Speculation
 from hotloop.engine.assumption import assume, assumed_probability
 from hotloop.engine.core import StepTimes
 from hotloop.engine.draft_control import Choice, DraftController, sizes_up_to
-from hotloop.engine.setup import prepare, settle
+from hotloop.engine.setup import prepare, resolve_auto
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.kernels import cpu
 from hotloop.quant import parse_scheme
@@ -557,7 +557,7 @@ def test_a_self_draft_has_a_head_of_its_own_where_that_saves_bytes(deep, folder)
         config = EngineConfig(model=str(deep), quant=quant, head=head, draft=draft, device="cpu")
         assert ("lm_head" in prepare(config).draft.schemes) == owns
     name = EngineConfig(model=str(folder), draft="self-int4-sym-g32", device="cpu")
-    assert prepare(name).config.draft == settle(name).draft == "self-int4-g32"
+    assert prepare(name).config.draft == resolve_auto(name).draft == "self-int4-g32"
 
 
 def test_a_context_longer_than_the_drafts_is_refused_only_where_it_was_asked_for(folder, tmp_path):

@@ -64,7 +64,7 @@ def test_a_speed_is_no_worse_worse_or_undecided(tok_s, spread, verdict):
     found = compared([record("a/eager", 100.0)], [record("a/eager", tok_s, spread=spread)])
     assert found.verdict == verdict
     (cell,) = found.cells
-    assert ("needed" in cell.judged[0].why) == (verdict == "undecided")
+    assert ("needed" in cell.quantities[0].why) == (verdict == "undecided")
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_a_speed_is_no_worse_worse_or_undecided(tok_s, spread, verdict):
 def test_a_quality_is_paired_by_window_of_text(factor, odd, verdict):
     found = compared([with_ppl("a/eager", 1.0)], [with_ppl("a/eager", factor, odd=odd)])
     (cell,) = found.cells
-    assert [j.verdict for j in cell.judged] == ["no worse", verdict]
-    assert cell.judged[1].paired
+    assert [j.verdict for j in cell.quantities] == ["no worse", verdict]
+    assert cell.quantities[1].paired
     assert found.verdict == verdict
 
 
@@ -88,14 +88,14 @@ def test_accuracy_is_paired_by_item(worse, better, verdict):
     a = answering({"t": answers(5000)})
     found = compared([a], [answering({"t": answers(5000, worse=worse, better=better)})])
     (cell,) = found.cells
-    speed, accuracy = cell.judged
+    speed, accuracy = cell.quantities
     assert (speed.verdict, accuracy.verdict, found.verdict) == ("no worse", verdict, verdict)
     assert accuracy.change == (better - worse) / 5000
     assert accuracy.ci95[0] < accuracy.change < accuracy.ci95[1]
     assert accuracy.margin == 0.01 * 0.8
     assert ("items" in accuracy.why) == (verdict == "undecided")
     assert f"{worse} worse and {better} better of 5,000 items of t; McNemar p = " in cell.notes[0]
-    said = found.to_dict()["cells"][0]["judged"][1]
+    said = found.to_dict()["cells"][0]["quantities"][1]
     assert said["answers"]["worse"] == worse
     assert json.loads(json.dumps(said)) == said
 
@@ -112,15 +112,15 @@ def test_accuracy_is_over_all_tasks_of_the_same_items():
     a = answering({"s": answers(500), "t": answers(1000), "only-a": [True]})
     b = answering({"s": answers(500), "t": answers(1000, worse=9, better=4)})
     (cell,) = compared([a], [b]).cells
-    assert (cell.judged[1].answers.n, cell.judged[1].answers.tasks) == (1500, ("s", "t"))
-    assert "not the same items of only-a, which are left out" in cell.notes
+    assert (cell.quantities[1].answers.n, cell.quantities[1].answers.tasks) == (1500, ("s", "t"))
+    assert "the items of only-a differ, so they are left out" in cell.notes
 
 
 def test_a_task_that_b_did_not_answer_leaves_the_verdict_undecided():
     a = answering({"s": answers(5000), "t": answers(50)})
     found = compared([a], [answering({"s": answers(5000)})])
     assert found.verdict == "undecided"
-    assert found.cells[0].judged[1].why == "B did not answer the same items of t"
+    assert found.cells[0].quantities[1].why == "B did not answer the same items of t"
     assert compared([answering({"s": answers(5000)})], [a]).verdict == "no worse"
     worse = answering({"s": answers(5000, worse=400, better=100)})
     assert compared([a], [worse]).verdict == "worse"
@@ -137,7 +137,7 @@ def test_answers_that_cannot_be_compared_are_undecided_with_the_reason():
     ):
         found = compared([before], [after])
         assert found.verdict == "undecided"
-        assert found.cells[0].judged[1].why == why
+        assert found.cells[0].quantities[1].why == why
 
 
 def test_what_cannot_be_compared_is_undecided_with_its_reason():
@@ -146,14 +146,14 @@ def test_what_cannot_be_compared_is_undecided_with_its_reason():
     for changed, why in (
         ({"workload": Workload(prompt_tokens=1, new_tokens=2)}, "the workloads differ"),
         ({"decode_tok_s": mean_figure([100.0])}, "a single repeat has no interval"),
-        ({"perplexity": None}, "B has no quality"),
+        ({"perplexity": None}, "B was not scored"),
         ({"quality_protocol": other_text}, "different windows"),
         ({"perplexity": mean_figure([20.0, 21.0])}, "too few windows"),
     ):
         found = compared([one], [one.model_copy(update=changed)])
         assert found.verdict == "undecided"
         (cell,) = found.cells
-        assert any(why in judged.why for judged in cell.judged), why
+        assert any(why in each.why for each in cell.quantities), why
 
 
 def test_records_of_eval_are_compared_without_a_speed():
@@ -161,7 +161,7 @@ def test_records_of_eval_are_compared_without_a_speed():
     good, bad = (with_ppl("a/eager", f).model_copy(update=untimed) for f in (1.0, 1.05))
     for after, verdict in ((good, "no worse"), (bad, "worse")):
         found = compared([good], [after])
-        assert [judged.quantity for judged in found.cells[0].judged] == ["quality"]
+        assert [each.quantity for each in found.cells[0].quantities] == ["quality"]
         assert found.verdict == verdict
     unscored = good.model_copy(update={"perplexity": None})
     assert compared([unscored], [unscored]).verdict == "undecided", "nothing is shown"
@@ -174,7 +174,7 @@ def test_a_cell_that_no_longer_runs_is_worse_and_one_that_never_did_is_undecided
     gone = record("a/eager", status="oom", reason="needs 2 GiB\nmore")
     found = compared([record("a/eager", 100.0)], [gone])
     assert found.verdict == "worse"
-    assert found.cells[0].judged[0].why == "B ended as oom: needs 2 GiB"
+    assert found.cells[0].quantities[0].why == "B ended as oom: needs 2 GiB"
     assert compared([gone], [gone]).verdict == "undecided"
 
 
@@ -267,7 +267,7 @@ def test_exit_codes_and_json(tmp_path, capsys):
     assert main(["compare", f"{a}:x/eager", f"{slow}/records.jsonl:x/eager", "--json"]) == 1
     said = json.loads(capsys.readouterr().out)
     assert said["verdict"] == "worse"
-    assert said["cells"][0]["judged"][0]["quantity"] == "speed"
+    assert said["cells"][0]["quantities"][0]["quantity"] == "speed"
 
 
 def test_lost_accuracy_has_an_exit_code_and_a_margin(tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_a_cell_is_named_after_a_colon_which_its_name_may_hold_too(tmp_path):
     warn = pytest.fail
     assert read_set(f"{tmp_path}:a/draft=b:int4-4", on_problem=warn) == [other]
     assert read_set(str(tmp_path), on_problem=warn) == [one, other]
-    with pytest.raises(ConfigError, match=r"has no cell 'c'. It has these: a/eager, a/draft"):
+    with pytest.raises(ConfigError, match=r"has no cell 'c'. Its cells are a/eager, a/draft"):
         read_set(f"{tmp_path}:c", on_problem=warn)
     with pytest.raises(ConfigError, match="no such file"):
         read_set(f"{tmp_path}/gone:c", on_problem=warn)

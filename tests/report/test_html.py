@@ -20,7 +20,7 @@ from hotloop.bench.statistics import mean_figure
 from hotloop.cli.app import main
 from hotloop.report.commands import bench_command
 from hotloop.report.fields import value_of
-from hotloop.report.glossary import names_explained
+from hotloop.report.glossary import explain_names
 from hotloop.report.html import TEMPLATES, charts_of, to_html
 from hotloop.report.labels import Box, place_labels
 from hotloop.report.plots import step_parts
@@ -263,7 +263,7 @@ def test_what_the_tool_calls_unstable_or_too_few_says_so_wherever_it_stands():
 def test_equal_qualities_do_not_differ_and_noise_is_said_to_be_noise():
     slower = cell("int8", "eager", 78.85, loss=0.0021)
     root = parsed(to_html([RECORDS[2], slower]))
-    (table,) = (t for t in elements(root, "table") if "compared with" in text_of(t))
+    (table,) = (t for t in elements(root, "table") if "baseline of this table" in text_of(t))
     (row,) = (tr for tr in elements(table, "tr") if "int8/eager" in text_of(tr))
     cells = [text_of(td) for td in elements(row, "td")]
     assert cells[1] == "not significantly different"
@@ -273,13 +273,15 @@ def test_equal_qualities_do_not_differ_and_noise_is_said_to_be_noise():
 
 def test_without_quality_no_column_is_about_it_and_the_first_row_is_what_is_compared_with():
     page = to_html([cell("int8", name, tok_s, loss=None) for name, tok_s in SPEEDS.items()])
-    (table,) = (t for t in elements(parsed(page), "table") if "compared with" in text_of(t))
+    (table,) = (
+        t for t in elements(parsed(page), "table") if "baseline of this table" in text_of(t)
+    )
     assert [text_of(th) for th in elements(elements(table, "thead")[0], "th")] == [
         "configuration",
         "decode speed",
         "speed",
     ]
-    assert "compared with" in text_of(elements(elements(table, "tbody")[0], "tr")[0])
+    assert "baseline of this table" in text_of(elements(elements(table, "tbody")[0], "tr")[0])
     assert "paired by window" not in page
 
 
@@ -289,7 +291,7 @@ SPEEDS = {"eager": 20.0, "compile": 50.0}
 def test_a_reader_finds_what_the_parts_of_a_name_mean_and_only_of_those_that_occur():
     theirs = record("vllm/int4-g128-asym", 40, baseline="vllm", config={"quant": "int4-g128-asym"})
     split = cell("int8", "compile", 60, loss=None, tensor_parallel=2, draft="ngram")
-    explained = dict(names_explained([split, theirs]))
+    explained = dict(explain_names([split, theirs]))
     parts = ["int8", "int4", "g128", "asym", "compile", "tp2", "draft=…", "vllm"]
     assert [part for part in explained if part != "a/b/…"] == parts
     page = text_of(parsed(to_html([split, theirs])))
@@ -429,8 +431,8 @@ def test_nothing_measured_is_a_page_too():
     parsed(to_html([]))
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -56,7 +56,7 @@ def test_a_row_is_the_levers_and_both_speeds_with_their_uncertainty():
         "decode tokens/s",
         "end-to-end tokens/s",
     ]
-    assert "what gpt-fast prints" in page(one).remarks[0]
+    assert "as gpt-fast does" in page(one).remarks[0]
 
 
 def test_rows_are_in_the_references_order_whatever_order_they_were_run_in():

@@ -76,7 +76,7 @@ def test_records_are_read_from_a_folder_or_a_file_and_bad_lines_reported(tmp_pat
     problems = []
     assert read_records(tmp_path, on_problem=problems.append) == [REFERENCE]
     assert len(problems) == 1
-    with pytest.warns(UserWarning, match="half-written"):
+    with pytest.warns(UserWarning, match="incomplete or damaged"):
         assert read_records(tmp_path / "records.jsonl") == [REFERENCE]
     with pytest.raises(ConfigError, match="no such file"):
         read_records(tmp_path / "nothing")
@@ -130,7 +130,7 @@ def test_the_fastest_within_the_tolerance_is_recommended_and_the_faster_explaine
     assert found.cell == "int8/compile"
     assert found.quality_known
     assert "2.0 × none/eager" in found.why
-    assert found.passed_over == (
+    assert found.not_chosen == (
         "int4-g64/compile is 31% faster, but Δ ln ppl +0.080 ± 0.004 exceeds 0.02.",
     )
     assert recommend([REFERENCE, int8, int4], max_delta_ln_ppl=0.1).cell == "int4-g64/compile"
@@ -144,8 +144,8 @@ def test_a_loss_must_be_shown_to_be_small_and_not_merely_look_small():
     found = recommend([REFERENCE, unsure])
     assert found.cell == "none/eager"
     windows = math.ceil(5 * ((upper - 0.015) / 0.005) ** 2)
-    assert "is not shown to be within 0.02" in found.passed_over[0]
-    assert f"some {windows} windows would be needed" in found.passed_over[0]
+    assert "is not shown to be within 0.02" in found.not_chosen[0]
+    assert f"about {windows} windows are needed" in found.not_chosen[0]
 
     assert recommend([REFERENCE, unsure], max_delta_ln_ppl=upper + 1e-9).cell == "int4-g64/compile"
 
@@ -155,7 +155,7 @@ def test_between_speeds_that_differ_by_noise_the_better_quality_is_picked():
     fast = record("int4-g32/compile", 60.5, spread=2, loss=0.010)
     found = recommend([REFERENCE, fast, good])
     assert found.cell == "int8/compile"
-    (why,) = found.passed_over
+    (why,) = found.not_chosen
     assert why.startswith("int4-g32/compile is as fast within noise, but it loses more quality, ")
     assert why.endswith("Δ ln ppl +0.0100 ± 0.0004.")
 
@@ -164,7 +164,7 @@ def test_of_equal_quality_and_speeds_that_differ_by_noise_the_faster_on_average_
     slower = record("none/compile", 29.5, spread=3, loss=0.0)
     found = recommend([record("none/eager", 30.0, spread=3, loss=0.0), slower])
     assert found.cell == "none/eager"
-    assert found.passed_over == (
+    assert found.not_chosen == (
         "none/compile is as fast within noise, but slower on average, 29.5 tok/s.",
     )
 
@@ -178,7 +178,7 @@ def test_without_quality_it_is_speed_alone_and_says_so():
         ]
     )
     assert (found.cell, found.quality_known) == ("int4-g64/compile", False)
-    assert "speed alone" in found.why
+    assert "Only speed is considered" in found.why
     assert why in found.why
 
 
@@ -186,7 +186,7 @@ def test_an_unscored_cell_is_not_recommended_over_scored_ones():
     unscored = record("int8/compile", 90, quality_reason="out of memory in quality")
     found = recommend([REFERENCE, unscored])
     assert found.cell == "none/eager"
-    assert "its quality is unknown (out of memory in quality)" in found.passed_over[0]
+    assert "its quality is unknown (out of memory in quality)" in found.not_chosen[0]
 
 
 def test_nothing_is_recommended_where_nothing_can_be():
@@ -194,7 +194,7 @@ def test_nothing_is_recommended_where_nothing_can_be():
     assert recommend([record("a/eager", status="oom", reason="x")]).cell is None
     bad = recommend([record("int4-g64/eager", 30, loss=0.5)])
     assert bad.cell is None
-    assert "int4-g64/eager: Δ ln ppl" in bad.passed_over[0]
+    assert "int4-g64/eager: Δ ln ppl" in bad.not_chosen[0]
 
 
 def test_records_that_do_not_compare_are_not_compared():
@@ -289,7 +289,7 @@ def test_a_speed_that_is_not_known_is_not_recommended(speeds, says):
     unknown = repeated("int8/eager", speeds, loss=0.001)
     found = recommend([REFERENCE, unknown])
     assert found.cell == "none/eager"
-    assert any(sentence.startswith(f"int8/eager: {says}") for sentence in found.passed_over)
+    assert any(sentence.startswith(f"int8/eager: {says}") for sentence in found.not_chosen)
     alone = recommend([unknown])
     assert alone.cell is None
     assert "no configuration's speed is known" in alone.why
@@ -307,7 +307,7 @@ def test_notes_of_an_engine_are_said_once_in_a_table_and_beside_the_verdict_of_a
     assert row.cells[2] == "50.00 ± 0.10 [1] [2]"
     assert table.notes == (note, sentence)
     assert not any(sentence in advice for advice in table.advice)
-    assert recommend([REFERENCE, slow]).note == f"Of int8/eager: {note}. {sentence}"
+    assert recommend([REFERENCE, slow]).note == f"Notes on int8/eager: {note}. {sentence}"
     (page,) = make_page([slow])
     assert note in page.notes
 
@@ -337,7 +337,7 @@ def test_a_batch_has_the_speed_of_one_sequence_and_that_of_all():
         for column, cell in zip(table.columns, table.rows[0].cells, strict=True)
     }
     assert (shown["decode tok/s"], shown["total tok/s"]) == ("50.00 ± 0.10", "190")
-    assert any("total: the tokens of all sequences" in remark for remark in table.remarks)
+    assert any("total is the number of tokens of all" in remark for remark in table.remarks)
     assert dict(table.context)["workload"].endswith("64 new tokens, 1 repeat")
     alone = make_table([record("int8/eager", 50, aggregate_tok_s=of_all)])
     assert "total tok/s" not in [column.heading for column in alone.columns]
@@ -431,7 +431,7 @@ def test_random_weights_have_no_quality_columns_and_the_table_says_why():
     text = to_markdown(make_table([record("none/eager", 30, quality_reason="random weights")]))
     assert "ppl" not in text
     assert "No quality: random weights." in text
-    assert "speed alone" in text
+    assert "Only speed is considered" in text
 
 
 def test_a_row_without_quality_among_others_says_why():
@@ -519,9 +519,11 @@ def test_another_engine_is_in_the_table_and_is_not_recommended():
     assert [row.recommended for row in table.rows] == [False, True]
     assert "none/eager decodes 90.00 ± 0.10 tok/s: none/eager is 0.33 × as fast." in table.advice
     split = REFERENCE.model_copy(update={"config": REFERENCE.config | {"tensor_parallel": 2}})
-    assert recommend([split, theirs]).beside[0].endswith("0.33 × as fast, over 2 ranks to 1.")
+    assert (
+        recommend([split, theirs]).other_engines[0].endswith("0.33 × as fast, over 2 ranks to 1.")
+    )
     elsewhere = record("vllm", 90, baseline="vllm", provenance={"device": {"name": "Another"}})
-    assert recommend([REFERENCE, elsewhere]).beside == ()
+    assert recommend([REFERENCE, elsewhere]).other_engines == ()
 
 
 def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):

@@ -48,7 +48,7 @@ def report(folder: Path, line: bytes) -> None:
 
 def case(name: str, line: bytes | str, *names: str, accepted: bool = False) -> Case:
     data = line if isinstance(line, bytes) else line.encode("utf-8", errors="surrogatepass")
-    expected = None if accepted else ("records.jsonl, line 2", *names, "left out")
+    expected = None if accepted else ("records.jsonl, line 2", *names, "is skipped")
     return Case(name, lambda folder: report(folder, data), expected)
 
 
@@ -116,7 +116,7 @@ def intervals() -> Iterator[Case]:
 def lines() -> Iterator[Case]:
     text = ODD.model_dump_json()
     for end in (1, len(text) // 2, len(text) - 1):
-        yield case(f"cut at {end}", text[:end], "half-written")
+        yield case(f"cut at {end}", text[:end], "incomplete")
     for name, line in {
         "a list": "[1]",
         "a number": "3",

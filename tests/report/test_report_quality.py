@@ -54,7 +54,7 @@ def test_a_pass_that_does_not_survive_the_choice_is_told():
     borderline = verdict(16, 8, 2500)
     assert borderline.outcome == "pass"
     chosen = make_table([record(verdict=borderline), *others])
-    assert any("among 4 configurations" in note and "Holm" in note for note in chosen.notes)
+    assert any("from 4 configurations" in note and "Holm" in note for note in chosen.notes)
 
 
 def test_the_reference_and_other_engines_are_no_candidates_of_a_choice():
@@ -70,7 +70,7 @@ def test_a_failing_verdict_is_never_recommended():
     slow = record("int8", speed=10.0, verdict=verdict(5, 5, 2000))
     advice = recommend([fast, slow])
     assert advice.cell == slow.cell
-    assert any("12.5% of the tasks' 2000 items" in reason for reason in advice.passed_over)
+    assert any("12.5% of the tasks' 2000 items" in reason for reason in advice.not_chosen)
 
 
 def test_few_windows_the_floor_and_tasks_at_chance_are_told():

@@ -15,7 +15,7 @@ from waiting import HANG_S, wait_until
 
 from hotloop.baselines import ENGINES
 from hotloop.errors import HotloopError, UnsupportedError
-from hotloop.sweep.events import CellSkipped, CellStarted, Noticed
+from hotloop.sweep.events import CellSkipped, CellStarted, Notice
 from hotloop.sweep.job import Job
 from hotloop.sweep.ray_cluster import RayCluster, task_resources
 from hotloop.sweep.recipe import Recipe, recipe_from_flags
@@ -69,7 +69,7 @@ def test_cells_run_on_two_nodes_and_that_of_a_lost_node_is_tried_again(tmp_path,
         losing.join()
         assert [record.status for record in records] == ["ok", "ok", "unsupported"]
         assert records[0].attempt >= 2
-        assert any("was lost" in e.message for e in events if isinstance(e, Noticed))
+        assert any("was lost" in e.message for e in events if isinstance(e, Notice))
         kept, problems = read_file(tmp_path / "out" / "records.jsonl")
         assert sorted(r.cell for r in kept) == sorted(r.cell for r in records)
         assert problems == []
@@ -144,4 +144,4 @@ def test_a_cell_of_more_gpus_than_any_node_has_is_a_row_and_nothing_waits_for_it
     assert kept == [record]
     assert [type(event) for event in events] == [CellStarted]
     assert record.status == "unsupported"
-    assert record.reason == "needs 4 GPUs of one node, and no node has over 2"
+    assert record.reason == "needs 4 GPUs on one node, and the largest node has 2"

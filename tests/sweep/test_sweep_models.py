@@ -11,7 +11,7 @@ from hotloop.errors import ConfigError, ModelNotFoundError
 from hotloop.evaluate.text import load_text
 from hotloop.sweep import models as models_module
 from hotloop.sweep.job import Job, make_jobs
-from hotloop.sweep.models import KnownModel, check_length, settle_schemes
+from hotloop.sweep.models import KnownModel, check_length, resolve_schemes
 from hotloop.sweep.recipe import QualityOptions, Workload
 from hotloop.types import EngineConfig
 from hotloop.weights.identity import Quantization, SourceModel, StoredForm, StoredType
@@ -90,19 +90,21 @@ def test_the_quality_of_a_copy_whose_source_is_gone_is_unknown(here):
     made = job("copy")
     assert made.reference_model is None
     assert made.no_reference is not None
-    for words in ("no unquantized reference", "int4-g64", "--reference", "source is not found"):
+    for words in ("no unquantized reference", "int4-g64", "--reference", "source is not on this machine"):
         assert words in made.no_reference
     here["copy"] = copy_of(None)
     assert "no unquantized reference" in str(job("copy").no_reference)
     here["copy"] = copy_of("other")  # a model of that name, which has another content
-    assert "other here has another content" in str(job("copy").no_reference)
+    assert "other on this machine has other content" in str(job("copy").no_reference)
 
 
 def test_a_reference_that_is_named_is_the_model_of_that_content_or_refused(here):
     assert job("copy", "source").reference_model == "source"
-    with pytest.raises(ConfigError, match=r"'other' is not what 'copy' was made from, 'source'"):
+    with pytest.raises(
+        ConfigError, match=r"'copy' was not made from the reference 'other' but from 'source'"
+    ):
         job("copy", "other")
-    with pytest.raises(ConfigError, match=r"'copy' is a quantized copy itself \(int4-g64\)"):
+    with pytest.raises(ConfigError, match=r"'copy' is itself a quantized copy \(int4-g64\)"):
         job("copy", "copy")
     here["source"] = stored("Q4_1")
     assert job("source", "other").reference_model == "other"
@@ -115,13 +117,13 @@ def test_another_reference_is_another_measurement():
 
 def test_settling_keeps_what_was_asked_for_and_is_refused_by_the_engine():
     asked = EngineConfig(model="copy", quant="int8")
-    assert settle_schemes(asked, copy_of(None)) == asked
+    assert resolve_schemes(asked, copy_of(None)) == asked
     auto = EngineConfig(model="copy", quant="auto")
-    settled = settle_schemes(auto, copy_of(None, head="none"))
-    assert (settled.quant, settled.head) == ("int4-g64", "none")
-    assert settle_schemes(auto, stored("BF16")).quant == "none"
-    assert settle_schemes(auto, None).quant == "none", "random weights have no file"
-    assert settle_schemes(auto, stored("Q4_1")).quant == "auto", "another tool quantized it"
+    resolved = resolve_schemes(auto, copy_of(None, head="none"))
+    assert (resolved.quant, resolved.head) == ("int4-g64", "none")
+    assert resolve_schemes(auto, stored("BF16")).quant == "none"
+    assert resolve_schemes(auto, None).quant == "none", "random weights have no file"
+    assert resolve_schemes(auto, stored("Q4_1")).quant == "auto", "another tool quantized it"
 
 
 def test_a_text_that_is_too_short_is_refused_before_any_process_starts(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from hotloop.sweep.events import (
     CellSkipped,
     CellStarted,
     Event,
-    Noticed,
+    Notice,
     ReferenceFinished,
     ReferenceStarted,
     from_line,
@@ -30,7 +30,7 @@ def record(status: str, **fields) -> Record:
 
 MEASURED = record("ok", decode_tok_s=Figure(mean=1234.56, n=1, samples=(1234.56,)))
 EVENTS = [
-    Noticed("line 3 is half-written [and] ignored"),
+    Notice("line 3 is half-written [and] ignored"),
     ReferenceStarted("none/eager"),
     CellPhase("none/eager", "reference", 0, 0),
     CellPhase("none/eager", "reference", 1, 2),

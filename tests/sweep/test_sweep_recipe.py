@@ -302,7 +302,7 @@ def test_a_default_draft_model_is_replaced_too_and_one_that_is_not_there_is_not(
     recipe = load(tmp_path, "model: m\ndefaults: {draft: small}")
     assert expand(replace_models(recipe, draft_model="other"))[0].draft == "other"
     recipe = load(tmp_path, "model: m\nmatrix: {draft: [none, ngram, exit-2]}")
-    with pytest.raises(ConfigError, match="'other' has nothing to replace"):
+    with pytest.raises(ConfigError, match="no cell with a draft model that 'other'"):
         replace_models(recipe, draft_model="other")
 
 

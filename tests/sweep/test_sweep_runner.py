@@ -27,7 +27,7 @@ from hotloop.sweep.events import (
     CellPrepared,
     CellSkipped,
     CellStarted,
-    Noticed,
+    Notice,
     ReferenceFinished,
     ReferenceStarted,
     from_line,
@@ -333,9 +333,9 @@ def test_a_half_written_line_is_reported_and_neither_trusted_nor_continued(tmp_p
     path.write_bytes(path.read_bytes()[:-20])
     events = []
     (record,) = sweep(tmp_path, End.UNSUPPORTED, resume=True, on_event=events.append)
-    message = next(e.message for e in events if isinstance(e, Noticed))
+    message = next(e.message for e in events if isinstance(e, Notice))
     assert "records.jsonl, line 1: is not valid JSON" in message
-    assert "half-written" in message
+    assert "incomplete" in message
     assert len(path.read_bytes().splitlines()) == 2
     assert json.loads(path.read_bytes().splitlines()[1])["status"] == "unsupported"
     assert read_file(path)[0] == [record]
@@ -358,7 +358,7 @@ def test_foreign_records_never_stop_a_resume(tmp_path):
     events = []
     (resumed,) = sweep(tmp_path, End.UNSUPPORTED, resume=True, on_event=events.append)
     assert (resumed.status, resumed.attempt) == ("unsupported", 2**31 - 1)
-    assert len([event for event in events if isinstance(event, Noticed)]) == 6
+    assert len([event for event in events if isinstance(event, Notice)]) == 6
     path.write_text("".join(json.dumps(own | {"status": "ok"}) + "\n" for _ in range(2)))
     (skipped,) = sweep(tmp_path, End.UNSUPPORTED, resume=True, on_event=events.append)
     assert skipped.status == "ok"  # finished, as its record says

@@ -45,8 +45,8 @@ class EngineKind:
         check_device: Raises the errors of ``create`` for a missing device, or fewer devices than
             ranks. It uses no GPU and reads no model, so that a sweep can call it before it starts a
             process.
-        settle: Resolves ``auto``, as far as that is possible without a GPU. Configurations with the
-            same result are equivalent, and become one cell.
+        resolve_auto: Resolves ``auto``, as far as that is possible without a GPU. Configurations
+            with the same result are equivalent, and become one cell.
         reads_checkpoints: The model is a checkpoint that hotloop itself can read. Its stored form
             and its tokenizer are then read before any process starts.
     """
@@ -54,5 +54,5 @@ class EngineKind:
     create: Callable[[EngineConfig], Engine]
     predict: Callable[[EngineConfig], MemoryPlan | None] = _unknown
     check_device: Callable[[EngineConfig], object] = _any_device
-    settle: Callable[[EngineConfig], EngineConfig] = _unchanged
+    resolve_auto: Callable[[EngineConfig], EngineConfig] = _unchanged
     reads_checkpoints: bool = False

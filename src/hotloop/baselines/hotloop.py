@@ -27,17 +27,17 @@ def check_device(config: EngineConfig) -> None:
     setup.find_device(config)
 
 
-def settle(config: EngineConfig) -> EngineConfig:
-    """Resolves ``auto``; see ``engine.setup.settle``."""
+def resolve_auto(config: EngineConfig) -> EngineConfig:
+    """Resolves ``auto``; see ``engine.setup.resolve_auto``."""
     from hotloop.engine import setup
 
-    return setup.settle(config)
+    return setup.resolve_auto(config)
 
 
 ENGINE = EngineKind(
     create=create,
     predict=predict,
     check_device=check_device,
-    settle=settle,
+    resolve_auto=resolve_auto,
     reads_checkpoints=True,
 )

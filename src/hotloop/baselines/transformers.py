@@ -266,10 +266,10 @@ def check(config: EngineConfig) -> None:
     )
 
 
-def settle(config: EngineConfig) -> EngineConfig:
+def resolve_auto(config: EngineConfig) -> EngineConfig:
     """Resolves ``auto``."""
     execution = "eager" if config.execution == "auto" else config.execution
     return replace(config, execution=execution)
 
 
-ENGINE = EngineKind(create=create, predict=check, settle=settle, reads_checkpoints=True)
+ENGINE = EngineKind(create=create, predict=check, resolve_auto=resolve_auto, reads_checkpoints=True)

@@ -312,9 +312,9 @@ def check(config: EngineConfig) -> None:
     )
 
 
-def settle(config: EngineConfig) -> EngineConfig:
+def resolve_auto(config: EngineConfig) -> EngineConfig:
     """Resolves ``auto``."""
     return replace(config, execution=_execution(config))
 
 
-ENGINE = EngineKind(create=create, predict=check, settle=settle, reads_checkpoints=True)
+ENGINE = EngineKind(create=create, predict=check, resolve_auto=resolve_auto, reads_checkpoints=True)

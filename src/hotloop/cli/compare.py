@@ -122,11 +122,11 @@ def _show(found: Comparison) -> None:
 
     grid = Table("configuration", "", "B against A [95%]", "verdict", box=None, pad_edge=False)
     for cell in found.cells:
-        for number, judged in enumerate(cell.judged):
-            unit = _UNITS[judged.quantity] if judged.change is not None else ""
-            why = f" ({judged.why})" if judged.why else ""
+        for number, compared in enumerate(cell.quantities):
+            unit = _UNITS[compared.quantity] if compared.change is not None else ""
+            why = f" ({compared.why})" if compared.why else ""
             name = cell.name if number == 0 else ""
-            texts = (name, judged.quantity, judged.shown + unit, judged.verdict + why)
+            texts = (name, compared.quantity, compared.shown + unit, compared.verdict + why)
             grid.add_row(*map(Text, texts))
     print_rich(grid)
     for cell in found.cells:

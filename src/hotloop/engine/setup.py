@@ -1,8 +1,8 @@
 """Resolves an ``EngineConfig`` for this machine, without reading weights.
 
 ``prepare`` fills in every value that the user left to hotloop, and refuses a configuration that
-cannot run. ``settle`` does the part of it that needs no GPU, so that equal configurations can be
-recognized.
+cannot run. ``resolve_auto`` does the part of it that needs no GPU, so that equal configurations can
+be recognized.
 """
 
 from __future__ import annotations
@@ -244,11 +244,11 @@ def prepare(config: EngineConfig) -> Setup:
     return _prepare(config, find_device(config))
 
 
-def settle(config: EngineConfig) -> EngineConfig:
+def resolve_auto(config: EngineConfig) -> EngineConfig:
     """Resolves ``auto`` and resets options that have no effect, as far as that needs no GPU.
 
-    Two configurations that settle to the same value make the same engine. The reverse does not hold
-    for GPUs, which must be queried to resolve ``auto``.
+    Two configurations that resolve to the same value make the same engine. The reverse does not
+    hold for GPUs, which must be queried to resolve ``auto``.
     """
     scheme = parse_scheme(config.quant)
     head = parse_head_scheme(config.head, scheme)
@@ -277,7 +277,7 @@ def settle(config: EngineConfig) -> EngineConfig:
 
 def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, model, copy, stored, model_notes = _describe_model(config)
-    config, scheme, head_scheme = _settle_schemes(config, copy, stored)
+    config, scheme, head_scheme = _resolve_schemes(config, copy, stored)
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
     config = dataclasses.replace(config, draft=_canonical_draft(config.draft))
     model_notes += _assumption_notes(stored)
@@ -683,7 +683,7 @@ def _describe_model(
         checkpoint.close()
 
 
-def _settle_schemes(
+def _resolve_schemes(
     config: EngineConfig, copy: Quantization | None, stored: Mapping[str, Recognized]
 ) -> tuple[EngineConfig, Scheme, Scheme]:
     """Resolves the schemes of projections and head, and their canonical names in the config.

@@ -13,7 +13,7 @@ from hotloop.types import EngineConfig, levers
 
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
 _FILLED_IN = ("max_seq_len", "max_batch_size")
-"""Levers that a sweep fills in from the workload, as a command does."""
+"""Levers that a sweep, like ``bench``, sets from the workload."""
 
 
 def bench_command(record: Record) -> str:

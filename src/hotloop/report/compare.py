@@ -1,6 +1,6 @@
 """Compares two sets of records, and decides whether the second is worse.
 
-A difference is judged by its interval against a margin, so there are three verdicts: *no worse*, if
+The interval of a difference is compared with a margin, so there are three verdicts: *no worse*, if
 the loss is shown to stay within the margin; *worse*, if it is shown to exceed it; and *undecided*.
 A loss is shown by a one-sided test at 5 %. With several comparisons, the verdict *no worse* needs
 all of them to be no worse, which needs no correction. One that is worse suffices for the verdict
@@ -38,7 +38,7 @@ from hotloop.report.differences import (
     speed_difference,
 )
 from hotloop.report.numbers import significant
-from hotloop.report.quality import needs
+from hotloop.report.quality import format_needed
 from hotloop.report.read import latest, read_records
 from hotloop.report.recommend import speed_gap
 from hotloop.types import MAX_ACCURACY_LOSS
@@ -53,19 +53,19 @@ LEVEL = 1 - CONFIDENCE
 _TWO_SIDED = 1 - LEVEL / 2
 """Confidence of each limit of an interval that has ``CONFIDENCE``."""
 
-_MOST_NAMES = 10
+_MAX_NAMES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One quantity of a cell, compared.
+class ComparedQuantity:
+    """The comparison of one quantity of a cell.
 
     Attributes:
         quantity: ``speed``, ``quality`` (of predictions of text) or ``accuracy`` (of answers).
         shown: The difference and its 95 % interval.
         verdict: The verdict.
-        why: The reason of a verdict, if the interval does not show it; or the samples that a
-            decision would take.
+        why: The reason for a verdict, if the interval does not show it; or the number of samples
+            that a decision would need.
         change: B minus A, in ln speed, ln perplexity or accuracy; None if unknown.
         ci95: Its 95 % interval.
         paired: Whether samples were paired.
@@ -106,12 +106,12 @@ class ComparedCell:
 
     Attributes:
         name: Its name; both names if they differ.
-        judged: Its quantities.
-        notes: Notes on the comparison, for its reader.
+        quantities: Its quantities.
+        notes: Remarks on the comparison.
     """
 
     name: str
-    judged: tuple[Judged, ...]
+    quantities: tuple[ComparedQuantity, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -137,7 +137,7 @@ class Comparison:
             "cells": [
                 {
                     "cell": cell.name,
-                    "judged": [each.to_dict() for each in cell.judged],
+                    "quantities": [each.to_dict() for each in cell.quantities],
                     "notes": list(cell.notes),
                 }
                 for cell in self.cells
@@ -167,10 +167,10 @@ def read_set(name: str, *, on_problem: Any) -> list[Record]:
         return records
     if found := [record for record in records if record.cell == cell]:
         return found
-    names = ", ".join(shorten(record.cell) for record in records[:_MOST_NAMES])
-    more = ", …" * (len(records) > _MOST_NAMES)
+    names = ", ".join(shorten(record.cell) for record in records[:_MAX_NAMES])
+    more = ", …" * (len(records) > _MAX_NAMES)
     raise ConfigError(
-        f"{shorten(path)} has no cell {shorten_value(cell)}. It has these: {names}{more}."
+        f"{shorten(path)} has no cell {shorten_value(cell)}. Its cells are {names}{more}."
     )
 
 
@@ -189,7 +189,7 @@ def compare(
 
     Args:
         before: The set to compare with.
-        after: The set that is judged.
+        after: The set that is compared with it.
         max_slowdown: The tolerated loss of decode speed, as a share.
         max_delta_ln_ppl: The increase of ln perplexity that is tolerated.
         max_accuracy_loss: The loss of accuracy that is tolerated, as a share of A's; above 0.
@@ -200,12 +200,12 @@ def compare(
     pairs = _pairs(before, after)
     if not pairs:
         raise ConfigError(
-            "the two have no cell in common: name one of each, as FOLDER:CELL, or measure the same "
-            "configurations."
+            "A and B have no cell in common: name one cell of each, as FOLDER:CELL, or measure the "
+            "same configurations."
         )
     n_tests = sum(_has_speed(a, b) + _has_quality(a, b) + _has_answers(a, b) for a, b in pairs)
 
-    def judged(a: Record, b: Record) -> Iterator[Judged]:
+    def compared(a: Record, b: Record) -> Iterator[ComparedQuantity]:
         if _has_speed(a, b):
             yield _speed(a, b, max_slowdown, n_tests)
         if _has_quality(a, b):
@@ -216,7 +216,7 @@ def compare(
     cells = tuple(
         ComparedCell(
             name=a.cell if a.cell == b.cell else f"{a.cell} → {b.cell}",
-            judged=(found := tuple(judged(a, b))),
+            quantities=(found := tuple(compared(a, b))),
             notes=(*_notes(a, b), *_notes_on_answers(a, b, found)),
         )
         for a, b in pairs
@@ -228,7 +228,7 @@ def compare(
         for record in records
         if id(record) not in paired
     ]
-    verdicts = {judged.verdict for cell in cells for judged in cell.judged}
+    verdicts = {each.verdict for cell in cells for each in cell.quantities}
     unknown = any(which == "A" and record.status in MEASURED for which, record in lone)
     verdict: Verdict = "no worse"
     if "worse" in verdicts:
@@ -258,7 +258,7 @@ def _identity(record: Record) -> str:
 
 
 def _has_speed(a: Record, b: Record) -> bool:
-    """Tells whether a pair has a speed to judge; it has none if both were only scored."""
+    """Returns whether the speeds of a pair can be compared; not if both were only scored."""
     scored = all(r.status in MEASURED and r.workload is None for r in (a, b))
     return not (scored and (_has_quality(a, b) or _has_answers(a, b)))
 
@@ -271,12 +271,12 @@ def _has_answers(a: Record, b: Record) -> bool:
     return bool(a.tasks or b.tasks)
 
 
-def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
+def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> ComparedQuantity:
     margin = -math.log1p(-max_slowdown)
     if a.status in MEASURED and b.status not in MEASURED:
         reason = (b.reason or "").partition("\n")[0]
         why = f"B ended as {b.status}: {reason}".rstrip(": ")
-        return Judged(quantity="speed", verdict="worse", why=why, margin=margin)
+        return ComparedQuantity(quantity="speed", verdict="worse", why=why, margin=margin)
     why = ""
     if a.decode_tok_s is None or b.decode_tok_s is None:
         why = f"no speed: A ended as {a.status}, B as {b.status}"
@@ -285,13 +285,13 @@ def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
     difference = None if why else speed_difference(a, b)
     if difference is None:
         why = why or "a single repeat has no interval: raise --repeats"
-        return Judged(quantity="speed", verdict="undecided", why=why, margin=margin)
+        return ComparedQuantity(quantity="speed", verdict="undecided", why=why, margin=margin)
     assert b.decode_tok_s is not None
     slowdown = Difference(
         mean=-difference.mean, se=difference.se, df=difference.df, paired=difference.paired
     )
-    verdict, why = _judge(slowdown, margin, n_tests, b.decode_tok_s.n, "repeats")
-    return Judged(
+    verdict, why = _verdict(slowdown, margin, n_tests, b.decode_tok_s.n, "repeats")
+    return ComparedQuantity(
         quantity="speed",
         shown=shown_ratio(difference),
         verdict=verdict,
@@ -303,22 +303,22 @@ def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
     )
 
 
-def _quality(a: Record, b: Record, margin: float, n_tests: int) -> Judged:
+def _quality(a: Record, b: Record, margin: float, n_tests: int) -> ComparedQuantity:
     difference = loss_difference(a, b)
     if difference is None:
         missing = " and ".join(
             which for which, record in (("A", a), ("B", b)) if record.perplexity is None
         )
         if missing:
-            why = f"{missing} has no quality"
+            why = f"{missing} was not scored"
         elif not same_windows(a, b):
             why = "they were scored on different windows of text"
         else:
             why = "too few windows"
-        return Judged(quantity="quality", verdict="undecided", why=why, margin=margin)
+        return ComparedQuantity(quantity="quality", verdict="undecided", why=why, margin=margin)
     assert b.perplexity is not None
-    verdict, why = _judge(difference, margin, n_tests, b.perplexity.n, "windows")
-    return Judged(
+    verdict, why = _verdict(difference, margin, n_tests, b.perplexity.n, "windows")
+    return ComparedQuantity(
         quantity="quality",
         shown=shown_loss(difference),
         verdict=verdict,
@@ -330,7 +330,7 @@ def _quality(a: Record, b: Record, margin: float, n_tests: int) -> Judged:
     )
 
 
-def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged:
+def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> ComparedQuantity:
     tasks = _paired_tasks(a, b)
     found = compare_over_tasks(tasks, margin_share)
     if found is None:
@@ -341,11 +341,11 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged
             why = "they answered different items"
         else:
             why = "A is no better than guessing"
-        return Judged(quantity="accuracy", verdict="undecided", why=why)
+        return ComparedQuantity(quantity="accuracy", verdict="undecided", why=why)
     strata = [task.flips for task in tasks if task.name in found.tasks]
     unknown = sorted({task.task for task in a.tasks} - {task.name for task in tasks})
     verdict: Verdict = "undecided"
-    why = needs(found)
+    why = format_needed(found)
     if found.outcome == "pass" and unknown:
         why = f"B did not answer the same items of {', '.join(unknown)}"
     elif found.outcome == "pass":
@@ -354,7 +354,7 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged
         verdict = "worse"
     gain = 0 - found.loss  # not -0.0
     low, high = (0 - loss for loss in reversed(score_limits(strata, confidence=_TWO_SIDED)))
-    return Judged(
+    return ComparedQuantity(
         quantity="accuracy",
         shown=f"{100 * gain:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
         verdict=verdict,
@@ -382,8 +382,10 @@ def _paired_tasks(a: Record, b: Record) -> list[PairedTask]:
     ]
 
 
-def _judge(loss: Difference, margin: float, n_tests: int, n: int, unit: str) -> tuple[Verdict, str]:
-    """Judges a loss (higher is worse); for an undecided one, says what a decision would take."""
+def _verdict(
+    loss: Difference, margin: float, n_tests: int, n: int, unit: str
+) -> tuple[Verdict, str]:
+    """Returns the verdict on a loss (higher is worse), and for an undecided one the reason."""
     reach = t_critical(loss.df, confidence=1 - 2 * LEVEL) * loss.se
     if loss.mean + reach <= margin:
         return "no worse", ""
@@ -393,7 +395,7 @@ def _judge(loss: Difference, margin: float, n_tests: int, n: int, unit: str) -> 
     if room == 0 or loss.se == 0:
         return "undecided", "the difference is at the margin"
     needed = math.ceil(n * (reach / room) ** 2)
-    return "undecided", f"some {max(needed, n + 1):,} {unit} would be needed"
+    return "undecided", f"about {max(needed, n + 1):,} {unit} are needed"
 
 
 def _notes(a: Record, b: Record) -> list[str]:
@@ -416,8 +418,10 @@ def _notes(a: Record, b: Record) -> list[str]:
     return notes
 
 
-def _notes_on_answers(a: Record, b: Record, judged: Sequence[Judged]) -> Iterator[str]:
-    for found in (each.answers for each in judged):
+def _notes_on_answers(
+    a: Record, b: Record, quantities: Sequence[ComparedQuantity]
+) -> Iterator[str]:
+    for found in (each.answers for each in quantities):
         if found is not None:
             yield (
                 f"answers: {found.worse} worse and {found.better} better of {found.n:,} items of "
@@ -427,7 +431,7 @@ def _notes_on_answers(a: Record, b: Record, judged: Sequence[Judged]) -> Iterato
         return
     tasks = _paired_tasks(a, b)
     if alike := [task.name for task in tasks if task.at_chance]:
-        yield f"{', '.join(alike)}: A is no better than guessing, so no loss could be seen there"
+        yield f"{', '.join(alike)}: A is no better than guessing, so no loss can be measured"
     paired = {task.name for task in tasks}
     if unpaired := {task.task for task in (*a.tasks, *b.tasks)} - paired:
-        yield f"not the same items of {', '.join(sorted(unpaired))}, which are left out"
+        yield f"the items of {', '.join(sorted(unpaired))} differ, so they are left out"

@@ -37,7 +37,7 @@ def context(
 
 
 RANDOM_ACCEPTANCE = (
-    "Random weights: drafts are accepted as between unrelated models, not as between trained ones."
+    "Random weights: the acceptance is that of unrelated models, and not that of trained models."
 )
 
 
@@ -47,18 +47,19 @@ def assumed_note(record: Record) -> str | None:
     if share is None:
         return None
     return (
-        f"Assumed: each draft was kept with probability {share:g}, whatever it was. The speed is "
-        "what such an acceptance gives, and says nothing of what these models accept."
+        f"Assumed acceptance: each draft was accepted with probability {share:g}, whether or not "
+        "it "
+        "was right. The speed holds for this acceptance, which these models may not reach."
     )
 
 
 def has_random_weights(record: Record) -> bool:
-    """Tells whether a record's model has random weights."""
+    """Returns whether a record's model has random weights."""
     return record.config.get("weights") == "random"
 
 
 def has_random_acceptance(record: Record) -> bool:
-    """Tells whether a record's drafts were verified, with random weights."""
+    """Returns whether a record's drafts were verified by a model with random weights."""
     verified = record.speculation is not None and assumed_note(record) is None
     return verified and has_random_weights(record)
 
@@ -144,7 +145,7 @@ def bandwidth_note(record: Record, field: str, records: Iterable[Record]) -> str
 
 def _versions(record: Record) -> str:
     hotloop = record.provenance.get("hotloop", {})
-    changed = " with changes" if hotloop.get("git_dirty") else ""
+    changed = " with local changes" if hotloop.get("git_dirty") else ""
     commit = f", commit {hotloop['git_commit'][:10]}{changed}" if hotloop.get("git_commit") else ""
     versions = {"hotloop": hotloop.get("version"), **record.provenance.get("versions", {})}
     named = [f"{name} {version}" for name, version in versions.items() if version]

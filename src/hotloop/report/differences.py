@@ -76,7 +76,7 @@ def loss_difference(a: Record, b: Record) -> Difference | None:
 
 
 def same_windows(a: Record, b: Record) -> bool:
-    """Tells whether two records were scored on the same windows of the same text."""
+    """Returns whether two records were scored on the same windows of the same text."""
     windows = [
         (p.text_sha256, p.window, p.n_windows, p.articles)
         for p in (a.quality_protocol, b.quality_protocol)
@@ -109,7 +109,7 @@ def _change(log_ratio: float) -> str:
 
 
 def _logs(figure: Figure | None) -> Sequence[float]:
-    """Returns the logarithms of a figure's samples; empty if it has too few or odd ones."""
+    """Returns the logarithms of a figure's samples; empty for fewer than two, or any below 0."""
     if figure is None or figure.n < 2 or min(figure.samples) <= 0:
         return ()
     return [math.log(sample) for sample in figure.samples]

@@ -1,4 +1,4 @@
-"""Explains the parts of configurations' names to a new reader.
+"""Explains the parts of the names of configurations.
 
 Only the parts that occur are explained. Their speed and quality are in the records.
 """
@@ -19,20 +19,20 @@ _SCHEMES = {
 }
 
 _OPTIONS = {
-    "asym": "scales have an offset beside them",
-    "zp": "scales have an integer zero point beside them",
+    "asym": "asymmetric: each scale has an offset",
+    "zp": "asymmetric: each scale has an integer zero point",
 }
 
 _EXECUTIONS = {
-    "eager": "PyTorch starts one operation after the other",
-    "compile": "torch.compile makes the kernels of a decode step; prompts are computed as by eager",
+    "eager": "plain PyTorch, one operation at a time",
+    "compile": "torch.compile compiles a decode step; prefill is eager",
     "fused": "a decode step is one CUDA graph of hotloop's own kernels",
 }
 
 
-def names_explained(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
+def explain_names(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """Yields the parts that occur in the names of records' cells, each with its meaning."""
-    yield "a/b/…", "the quantization, the execution, then what differs from the default"
+    yield "a/b/…", "the quantization, the execution mode, then options that differ from the default"
     ours = [record for record in records if record.baseline is None]
     schemes = {record.config.get("quant", "auto") for record in records}
     if all(record.config.get("quant") != "auto" for record in ours):
@@ -41,15 +41,18 @@ def names_explained(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     yield from ((name, said) for name, said in _SCHEMES.items() if name in options)
     sizes = sorted(int(part[1:]) for part in options if re.fullmatch(r"g\d+", part))
     if sizes:
-        yield ", ".join(f"g{size}" for size in sizes), "so many weights of a row share a scale"
+        yield (
+            ", ".join(f"g{size}" for size in sizes),
+            "group size: the number of weights of a row that share a scale",
+        )
     yield from ((name, said) for name, said in _OPTIONS.items() if name in options)
     executions = {(record.engine or {}).get("execution") for record in records}
     yield from ((name, said) for name, said in _EXECUTIONS.items() if name in executions)
     degrees = sorted({record.config.get("tensor_parallel", 1) for record in records} - {1})
     if degrees:
         ranks = ", ".join(f"tp{degree}" for degree in degrees)
-        yield ranks, "tensor parallel: every layer is split over so many GPUs, or processes on CPUs"
+        yield ranks, "tensor parallelism: every layer is split over this many ranks"
     if any(record.config.get("draft", "none") != "none" for record in records):
-        yield "draft=…", "speculative decoding: what drafts, and how many tokens at most"
+        yield "draft=…", "speculative decoding: the drafter, and the most tokens that it drafts"
     for engine in dict.fromkeys(record.baseline for record in records if record.baseline):
         yield engine, "another engine, measured for comparison"

@@ -1,9 +1,9 @@
 """Renders records as one self-contained HTML page: it needs no network and no other file.
 
-The page is for a reader who did not run the experiment. It has the question and the machine, the
-verdict, the plots and the tables; every setting and every sample are in folded sections. Templates
-and styles are files in ``templates``. Text from records is escaped there, for HTML and for control
-characters.
+The page is for a reader who did not run the experiment. It has the recommendation, the workload and
+the machine, the plots and the tables; folded sections have every setting and every sample.
+Templates and styles are files in ``templates``. Text from records is escaped there, for HTML and
+for control characters.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from hotloop.report.differences import (
     speed_difference,
 )
 from hotloop.report.fields import value_of
-from hotloop.report.glossary import names_explained
+from hotloop.report.glossary import explain_names
 from hotloop.report.layout import Column, Row, Table
 from hotloop.report.numbers import half_width, percent, uncertain
 from hotloop.report.page import comparable, make_page
-from hotloop.report.plots import Chart, charts, front, near_front
+from hotloop.report.plots import Chart, charts, near_pareto_front, pareto_front
 from hotloop.report.read import latest
 from hotloop.report.recommend import Recommendation, doubt_of, is_doubtful, recommend
 from hotloop.report.speculation import ACCEPTANCES, Drafting, drafting
@@ -46,7 +46,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 NOT_DIFFERENT = "not significantly different"
 
 _TIED = re.compile(r"([±<]|\d(?= [KMGT]iB)) ")
-"""A sign or a number that is not separated from the next word; a line breaks before ``±``."""
+"""Finds the space after a sign or a number at which no line may break."""
 
 
 def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_LN_PPL) -> str:
@@ -102,12 +102,12 @@ def _comparable(*experiments: Iterable[Record]) -> list[list[Record]]:
 
 
 def _displayable(value: Any) -> Any:
-    """Escapes characters that a browser refuses or interprets, such as overrides of direction."""
+    """Escapes characters that a browser refuses or interprets, such as direction overrides."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _cited(text: str) -> Markup:
-    """Makes references to notes at the end of a cell's text superscripts."""
+    """Converts references to notes at the end of a cell's text to superscripts."""
     found = re.fullmatch(r"(.*?)((?: ?\[\d+\])*)", text, re.DOTALL)
     assert found is not None, "every text matches"
     numbers = re.findall(r"\d+", found[2])
@@ -178,7 +178,7 @@ class _Line:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
-    """A record with everything in it."""
+    """A record with all of its values."""
 
     id: str
     number: int
@@ -198,7 +198,7 @@ class _Group:
     names: tuple[tuple[str, str], ...]
     verdict: tuple[str, ...]
     more_advice: tuple[str, ...]
-    beside: tuple[str, ...]
+    other_engines: tuple[str, ...]
     note: str
     run: str | None
     drawn: tuple[_Drawn, ...]
@@ -228,10 +228,10 @@ def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group
             *_recipes(records),
             *table.context,
         ),
-        names=tuple(names_explained(records)),
+        names=tuple(explain_names(records)),
         verdict=_verdict(recommendation),
-        more_advice=recommendation.passed_over[1:],
-        beside=recommendation.beside,
+        more_advice=recommendation.not_chosen[1:],
+        other_engines=recommendation.other_engines,
         note=recommendation.note,
         run=chat_command(recommendation.record) if recommendation.record else None,
         drawn=tuple(
@@ -261,9 +261,9 @@ def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group
 
 def _verdict(recommendation: Recommendation) -> tuple[str, str]:
     if recommendation.cell is None:
-        others = recommendation.passed_over
+        others = recommendation.not_chosen
         return f"No recommendation: {recommendation.why}", others[0] if others else ""
-    others = recommendation.passed_over or ("No measured configuration is as fast.",)
+    others = recommendation.not_chosen or ("No measured configuration is as fast.",)
     return f"Recommended: {recommendation.cell}, because {recommendation.why}", others[0]
 
 
@@ -296,8 +296,8 @@ def _recipes(records: Sequence[Record]) -> list[tuple[str, str]]:
 def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
     timed = [record for record in records if record.decode_tok_s]
     timed.sort(key=lambda record: record is not base)
-    on_front = front(timed)
-    near = near_front(timed, on_front)
+    on_front = pareto_front(timed)
+    near = near_pareto_front(timed, on_front)
     rows = []
     for record in timed:
         place = "on" if record in on_front else "within noise of it" if record in near else "off"

@@ -22,7 +22,7 @@ class Box:
     bottom: float
 
     def overlaps(self, other: Box) -> bool:
-        """Tells whether the two have an inner point in common."""
+        """Returns whether the two have an inner point in common."""
         return (
             self.left < other.right
             and other.left < self.right
@@ -31,7 +31,7 @@ class Box:
         )
 
     def holds(self, other: Box) -> bool:
-        """Tells whether the other rectangle is within this one."""
+        """Returns whether the other rectangle is within this one."""
         return (
             self.left <= other.left
             and other.right <= self.right

@@ -105,7 +105,7 @@ class Notes:
 
 
 def to_markdown(table: Table) -> str:
-    """Renders the table and all that follows it as GitHub-flavoured Markdown."""
+    """Renders the table and all that follows it as GitHub-flavored Markdown."""
     headings = [column.heading for column in table.columns]
     lines = []
     for row in table.rows:

@@ -1,4 +1,4 @@
-"""The published layout: a table per model, as in published tables of decoding speed.
+"""The published layout: one table per model, as in published tables of decoding speed.
 
 Its columns are quantization, compiled, tensor parallel, speculative decoding and tokens per second.
 Memory, quality and the recommendation are in the experiment's own table. A cell that did not fit,
@@ -221,9 +221,9 @@ def _remarks(records: Sequence[Record]) -> list[str]:
     remarks = []
     if any(record.decode_tok_s for record in records):
         remarks.append(
-            "tokens/s are those of one request, mean over repeats ± half of the 95% interval: "
-            "decode, after its first token; end-to-end, all of them over the whole time, prefill "
-            "included, which is what gpt-fast prints."
+            "tokens/s are those of one request: mean over repeats ± half of the 95% interval. "
+            "decode counts the tokens after the first one and their time; end-to-end counts all "
+            "tokens and the whole time, prefill included, as gpt-fast does."
         )
     if has_random_weights(records[0]):
         remarks.append("Random weights show speed and fit, but not quality.")

@@ -1,7 +1,7 @@
 """The plots of a report, as values that are independent of the drawing.
 
-``svg`` draws them for a page, and ``png`` for files. A plot is made only from records. Every mark
-names its record's cell and holds the recorded value, so that drawings can be checked.
+``svg`` draws them for a page, and ``png`` for files. Plots are made from records alone. Every mark
+has its record's cell and the recorded value, so that drawings can be checked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Axis:
         high: Its largest value.
         scale: ``symlog`` is linear up to ``linear_to`` on either side of 0, and logarithmic beyond.
         linear_to: See ``scale``.
-        at: The ticks, if they are not simply round values.
+        fixed_ticks: The ticks; empty for round values.
     """
 
     label: str
@@ -42,17 +42,17 @@ class Axis:
     high: float
     scale: Scale = "linear"
     linear_to: float = 1.0
-    at: tuple[float, ...] = ()
+    fixed_ticks: tuple[float, ...] = ()
 
-    def place(self, value: float) -> float:
-        """Returns the place of a value, from 0 at ``low`` to 1 at ``high``."""
+    def position(self, value: float) -> float:
+        """Returns the position of a value, from 0 at ``low`` to 1 at ``high``."""
         low, high = self._warped(self.low), self._warped(self.high)
         return (self._warped(min(max(value, self.low), self.high)) - low) / (high - low)
 
     def ticks(self, n: int = 5) -> list[float]:
-        """Returns ``at``, or some ``n`` round values."""
-        if self.at:
-            return list(self.at)
+        """Returns ``fixed_ticks``, or about ``n`` round values."""
+        if self.fixed_ticks:
+            return list(self.fixed_ticks)
         if self.scale == "linear":
             return _round_values(self.low, self.high, n)
         largest = max(abs(self.low), abs(self.high))
@@ -78,13 +78,13 @@ class Axis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """Base of a mark and a bar.
+class Labeled:
+    """The base class of marks and bars.
 
     Attributes:
         label: A short text beside it.
-        is_doubtful: The figure is marked as unstable or too uncertain.
-        is_emphasized: It is the recommended one.
+        is_doubtful: Whether the figure is unstable or too uncertain.
+        is_emphasized: Whether it is that of the recommended cell.
     """
 
     label: str = ""
@@ -98,16 +98,16 @@ class Labelled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point(Labelled):
+class Point(Labeled):
     """A mark of a plot.
 
     Attributes:
-        x: Its value across.
-        y: Its value up.
+        x: Its value on the horizontal axis.
+        y: Its value on the vertical axis.
         cell: The cell of the record that it shows; empty if it shows none.
         title: A sentence with its values.
-        x_interval: The 95 % interval across.
-        y_interval: The 95 % interval up.
+        x_interval: The 95 % interval of ``x``.
+        y_interval: The 95 % interval of ``y``.
     """
 
     x: float
@@ -127,7 +127,7 @@ class Series:
         points: The points.
         kind: Separate marks, marks joined by a line, a line without marks, or a dashed line without
             marks.
-        style: Index of its colour and of the shape of its marks.
+        style: Index of its color and of the shape of its marks.
     """
 
     name: str
@@ -145,8 +145,8 @@ class Plot:
         title: Its heading.
         caption: Sentences on how to read it.
         summary: A description, for readers who cannot see it.
-        x: The axis across.
-        y: The axis up.
+        x: The horizontal axis.
+        y: The vertical axis.
         series: From back to front.
         limit: A value of ``y`` with a line across the plot, and the line's label.
     """
@@ -162,8 +162,8 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar(Labelled):
-    """A bar of a chart, labelled by its record's cell: segments one after the other, from 0.
+class Bar(Labeled):
+    """A bar of a chart, labeled with its record's cell: consecutive segments that start at 0.
 
     Attributes:
         values: The length of each segment, in the order of ``Bars.parts``.
@@ -204,11 +204,11 @@ def charts(
     """Makes all plots for which comparable records have figures."""
     measured = [r for r in records if r.status in MEASURED and r.decode_tok_s is not None]
     made: list[Chart | None] = [
-        plane(measured, recommended=recommended, max_delta_ln_ppl=max_delta_ln_ppl)
-        or speeds(measured, recommended=recommended),
-        scaling(measured),
-        step_times(measured),
-        acceptance_curve(measured),
+        speed_quality_plot(measured, recommended=recommended, max_delta_ln_ppl=max_delta_ln_ppl)
+        or speed_chart(measured, recommended=recommended),
+        scaling_plot(measured),
+        step_time_chart(measured),
+        speculation_plot(measured),
     ]
     return [chart for chart in made if chart is not None]
 
@@ -216,7 +216,7 @@ def charts(
 # --------------------------------------------------------------------------- speed and quality
 
 
-def front(records: Sequence[Record]) -> list[Record]:
+def pareto_front(records: Sequence[Record]) -> list[Record]:
     """Returns the Pareto front by means, the fastest first: none is faster and loses less."""
     known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
     ordered = sorted(known, key=lambda r: (-_mean(r.decode_tok_s), _mean(r.delta_ln_ppl)))
@@ -227,7 +227,7 @@ def front(records: Sequence[Record]) -> list[Record]:
     return best
 
 
-def near_front(records: Sequence[Record], on_front: Sequence[Record]) -> list[Record]:
+def near_pareto_front(records: Sequence[Record], on_front: Sequence[Record]) -> list[Record]:
     """Returns the records off the front that no record of the front beats significantly."""
     known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
 
@@ -246,15 +246,15 @@ def near_front(records: Sequence[Record], on_front: Sequence[Record]) -> list[Re
     return [r for r in known if r not in on_front and not beaten(r)]
 
 
-def plane(
+def speed_quality_plot(
     records: Sequence[Record], *, recommended: Record | None, max_delta_ln_ppl: float
 ) -> Plot | None:
     """Makes the plot of quality over speed; None if fewer than two cells have both."""
     both = [r for r in records if r.delta_ln_ppl is not None]
     if len(both) < 2:
         return None
-    on_front = front(both)
-    points = {r.cell: _plane_point(r, r is recommended) for r in both}
+    on_front = pareto_front(both)
+    points = {r.cell: _speed_quality_point(r, r is recommended) for r in both}
     losses = [value for p in points.values() for value in (p.y_interval or (p.y, p.y))]
     unit = max(max_delta_ln_ppl, 1e-3)
     low, high = min(*losses, -0.1 * unit), max(*losses, unit)
@@ -272,8 +272,8 @@ def plane(
         name="speed-quality",
         title="Speed and quality",
         caption="Right is faster, down is closer to the reference; whiskers are 95% intervals. "
-        "The front joins the cells which no other beats in both. Hollow marks: speed unstable, or "
-        "of fewer than three repeats."
+        "The Pareto front joins the cells that no other cell beats in both speed and quality. "
+        "Hollow marks: the speed is unstable, or has fewer than three repeats."
         + (" The quality axis is linear near 0 and logarithmic beyond." * (scale == "symlog")),
         summary="; ".join(point.title for point in points.values()) + ".",
         x=_from_zero(
@@ -291,7 +291,7 @@ def plane(
     )
 
 
-def speeds(records: Sequence[Record], *, recommended: Record | None) -> Bars | None:
+def speed_chart(records: Sequence[Record], *, recommended: Record | None) -> Bars | None:
     """Makes the chart of speeds, for records without quality; None without any speed."""
     if not records:
         return None
@@ -310,7 +310,7 @@ def speeds(records: Sequence[Record], *, recommended: Record | None) -> Bars | N
         name="speed",
         title="Speed",
         caption="Decode tokens per second of one request, with 95% intervals. Quality was not "
-        "measured. Dashed outlines: unstable, or of fewer than three repeats.",
+        "measured. Dashed outlines: the speed is unstable, or has fewer than three repeats.",
         summary="; ".join(f"{bar.label}: {bar.text} tok/s" for bar in bars) + ".",
         x=_from_zero("decode tokens/s", [max(b.interval or (0, b.values[0])) for b in bars]),
         parts=("decode tokens/s",),
@@ -318,7 +318,7 @@ def speeds(records: Sequence[Record], *, recommended: Record | None) -> Bars | N
     )
 
 
-def _plane_point(record: Record, is_emphasized: bool) -> Point:
+def _speed_quality_point(record: Record, is_emphasized: bool) -> Point:
     speed, loss = record.decode_tok_s, record.delta_ln_ppl
     assert speed is not None
     assert loss is not None
@@ -349,7 +349,7 @@ def _by_scheme(records: Sequence[Record]) -> dict[str, list[Record]]:
 # --------------------------------------------------------------------------- several GPUs
 
 
-def scaling(records: Sequence[Record]) -> Plot | None:
+def scaling_plot(records: Sequence[Record]) -> Plot | None:
     """Makes the plot of speed over ranks, with ideal scaling; None with one number of ranks."""
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -396,15 +396,16 @@ def scaling(records: Sequence[Record]) -> Plot | None:
     return Plot(
         name="scaling",
         title=f"Scaling over {unit}",
-        caption=f"Dashed: ideal, in proportion to the {unit}. Labels: speed relative to the "
-        f"fewest {unit} of the same configuration. Hollow marks: unstable, or of fewer than "
-        "three repeats.",
+        caption=f"Dashed: ideal scaling, in proportion to the {unit}. Labels: speed relative to "
+        "the "
+        f"fewest {unit} of the same configuration. Hollow marks: the speed is unstable, or has "
+        "fewer than three repeats.",
         summary="; ".join(sentences) + ".",
         x=Axis(
             label=unit,
             low=min(ranks) - pad,
             high=max(ranks) + 2 * pad,
-            at=tuple(map(float, sorted(set(ranks)))),
+            fixed_ticks=tuple(map(float, sorted(set(ranks)))),
         ),
         y=_from_zero("decode tokens/s", values),
         series=tuple(series),
@@ -434,7 +435,7 @@ class StepParts:
         weights_s: Time to read the weights at the measured bandwidth.
         cache_s: Time to read the KV cache at that bandwidth.
         execution_s: Time that the fastest execution mode saves with the same weights and ranks.
-        rest_s: The remaining time: the fastest execution mode exceeds the memory's limit by it too.
+        rest_s: The remaining time above the memory-bandwidth limit, also in the fastest mode.
         step_s: The measured time of the step.
         fastest: The cell of the fastest execution mode, where that is not this cell.
     """
@@ -449,16 +450,16 @@ class StepParts:
 
     @property
     def predicted_s(self) -> float:
-        """The limit of memory: the time to read everything once."""
+        """The memory-bandwidth limit: the time to read weights and cache once."""
         return self.weights_s + self.cache_s
 
 
 def step_parts(records: Sequence[Record]) -> list[StepParts]:
     """Divides the step times of records that have the needed figures, the fastest first.
 
-    The limit of memory is MBU times the step time, by MBU's definition; it is divided in proportion
-    to the bytes of weights and cache. A part that would be negative, because a step was faster than
-    the measured bandwidth allows, is 0.
+    The memory-bandwidth limit is MBU times the step time, by MBU's definition. It is divided in
+    proportion to the bytes of weights and cache. A part that would be negative, because a step was
+    faster than the measured bandwidth allows, is 0.
     """
     known = []
     for record in records:
@@ -494,21 +495,21 @@ def step_parts(records: Sequence[Record]) -> list[StepParts]:
 
 
 EAGER_ON_A_GPU = (
-    " With eager, Python starts every operation, and dequantized weights are written to memory: "
-    "where its time does not fall with the bytes, as over more ranks, the GPU waits for the host, "
-    "whose speed then decides, and varies."
+    " In eager mode Python launches every operation, and dequantized weights are written to "
+    "memory. If the time does not fall with the bytes read, for example with more ranks, the GPU "
+    "waits for the host, whose speed varies."
 )
 
 STEP_PARTS = (
     "reading weights",
     "reading the KV cache",
     "saved by the fastest execution mode",
-    "beyond the memory's limit",
+    "beyond the memory-bandwidth limit",
 )
 
 
-def step_times(records: Sequence[Record]) -> Bars | None:
-    """Makes the chart of step times against the limit of memory; None if no record has both."""
+def step_time_chart(records: Sequence[Record]) -> Bars | None:
+    """Makes the chart of step times and the memory-bandwidth limit; None if no record has both."""
     parts = step_parts(records)
     if not parts:
         return None
@@ -528,10 +529,10 @@ def step_times(records: Sequence[Record]) -> Bars | None:
     return Bars(
         name="step-time",
         title="Where a step's time goes",
-        caption="One decode step must read the weights and the KV cache once: at the bandwidth "
-        "measured beside it, that is its limit. The time beyond that limit has two parts: the "
-        "time that the fastest execution mode of the same weights saves, and the time that "
-        "remains in that mode too."
+        caption="One decode step must read the weights and the KV cache once. The time for this at "
+        "the measured bandwidth is the memory-bandwidth limit. The time beyond it has two parts: "
+        "the time that the fastest execution mode saves with the same weights, and the time that "
+        "remains in that mode."
         + EAGER_ON_A_GPU
         * any(map(_is_eager_on_a_gpu, (part.record for part in parts))),
         summary="; ".join(f"{bar.label}: {bar.text}" for bar in bars) + ".",
@@ -555,7 +556,7 @@ def _same_but_execution(record: Record) -> str:
 # --------------------------------------------------------------------------- speculation
 
 
-def acceptance_curve(records: Sequence[Record]) -> Plot | None:
+def speculation_plot(records: Sequence[Record]) -> Plot | None:
     """Makes the curve of speed over acceptance; None if no cell's steps were timed."""
     cells = [cell for cell in drafting(records) if cell.costs]
     if not cells:
@@ -586,12 +587,17 @@ def acceptance_curve(records: Sequence[Record]) -> Plot | None:
     return Plot(
         name="speculation",
         title="When speculation pays",
-        caption="Speed relative to plain decoding, by the measured times of a step with the best "
-        "number of drafts, if each draft is accepted with the same probability. Above 1 drafting "
-        "pays. Marks: the speed that was measured, at the acceptance of first drafts; drafting is "
-        "switched off where it does not pay, so it can lie above its curve.",
+        caption="Curves: speed relative to plain decoding with the best number of drafts, computed "
+        "from measured step times, if each draft is accepted with the same probability. Drafting "
+        "pays above 1. Marks: the measured speed, at the acceptance of first drafts. A mark can "
+        "lie above its curve, since drafting is switched off where it does not pay.",
         summary="; ".join(f"{cell.record.cell}: {cell.explanation}" for cell in cells) + ".",
-        x=Axis(label="acceptance of a draft", low=0.0, high=1.02, at=(0, 0.2, 0.4, 0.6, 0.8, 1)),
+        x=Axis(
+            label="acceptance of a draft",
+            low=0.0,
+            high=1.02,
+            fixed_ticks=(0, 0.2, 0.4, 0.6, 0.8, 1),
+        ),
         y=_from_zero("speed × plain decoding", values),
         series=tuple(series),
         limit=(1.0, "plain decoding"),

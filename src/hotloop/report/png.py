@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#14437a", "#c2570c", "#2c8f5f", "#7c3794", "#a98200", "#5f6873")
+COLORS = ("#14437a", "#c2570c", "#2c8f5f", "#7c3794", "#a98200", "#5f6873")
 MARKERS = ("o", "s", "^", "D", "v", "_")
 PARTS = (("#14437a", ""), ("#8fb8e6", ""), ("#c9721b", "///"), ("#dfe3e8", ""))
-"""Colours and hatches of the segments of bars."""
+"""Colors and hatches of the segments of bars."""
 
 DPI = 160
 
@@ -107,7 +107,7 @@ def _draw_plot(plot: Plot, axes: Axes) -> None:
 
 
 def _draw_series(series: Series, axes: Axes) -> None:
-    colour = COLOURS[series.style % len(COLOURS)]
+    color = COLORS[series.style % len(COLORS)]
     label = _text(series.name) if series.name else "_nolegend_"
     xs, ys = [p.x for p in series.points], [p.y for p in series.points]
     if series.kind in ("line", "dashed", "joined"):
@@ -115,7 +115,7 @@ def _draw_series(series: Series, axes: Axes) -> None:
         axes.plot(
             xs,
             ys,
-            color="#59626d" if dashed and series.name else colour,
+            color="#59626d" if dashed and series.name else color,
             linestyle="--" if dashed else "-",
             linewidth=1.3,
             label=label if series.kind != "joined" else "_nolegend_",
@@ -129,10 +129,10 @@ def _draw_series(series: Series, axes: Axes) -> None:
             xerr=_reach(point.x, point.x_interval),
             yerr=_reach(point.y, point.y_interval),
             fmt=MARKERS[series.style % len(MARKERS)],
-            color=colour,
-            markerfacecolor="white" if point.is_doubtful else colour,
+            color=color,
+            markerfacecolor="white" if point.is_doubtful else color,
             markersize=9 if point.is_emphasized else 6.5,
-            markeredgecolor="black" if point.is_emphasized else colour,
+            markeredgecolor="black" if point.is_emphasized else color,
             capsize=2.5,
             elinewidth=1,
             label=label if i == 0 else "_nolegend_",
@@ -188,13 +188,13 @@ def _draw_bars(chart: Bars, axes: Axes) -> None:
     starts = [0.0] * len(chart.bars)
     for i, name in enumerate(chart.parts):
         widths = [bar.values[i] for bar in chart.bars]
-        colour, hatch = PARTS[i]
+        color, hatch = PARTS[i]
         axes.barh(
             places,
             widths,
             left=starts,
             height=0.55,
-            color=colour,
+            color=color,
             hatch=hatch,
             edgecolor="black",
             linewidth=0.4,

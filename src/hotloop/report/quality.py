@@ -9,32 +9,32 @@ from hotloop.bench.record import NonInferiority, Record, TaskFigures
 from hotloop.report.numbers import divergence, percent, significant, uncertain
 
 ENOUGH_WINDOWS = 20
-"""The fewest windows for a reliable interval: with fewer, the interval itself is uncertain."""
+"""The fewest windows for a reliable interval: with fewer, the interval itself is imprecise."""
 
 ALPHA = 0.05
 
 
-def lost(compared: NonInferiority) -> str:
+def format_accuracy_loss(compared: NonInferiority) -> str:
     """Formats the accuracy lost, and its one-sided 95 % upper limit: ``0.5% (at most 1.2%)``."""
     return f"{100 * compared.loss:.1f}% (at most {100 * compared.limits[1]:.1f}%)"
 
 
-def outcome(compared: NonInferiority) -> str:
+def format_outcome(compared: NonInferiority) -> str:
     """Names the outcome; for ``underpowered``, with the number of items that a pass would take."""
     if compared.outcome != "underpowered":
         return compared.outcome
-    return f"underpowered: {needs(compared)}"
+    return f"underpowered: {format_needed(compared)}"
 
 
-def needs(compared: NonInferiority) -> str:
+def format_needed(compared: NonInferiority) -> str:
     """Returns a text with the number of items that a pass would take."""
     if compared.needed is None:
         return "more items can hardly help"
     return f"needs {compared.needed:,} items"
 
 
-def not_after_choosing(records: Sequence[Record]) -> dict[str, str]:
-    """Finds passes that do not survive the choice of one configuration from several.
+def selection_notes(records: Sequence[Record]) -> dict[str, str]:
+    """Finds passes that are not significant after a correction for multiple testing.
 
     The candidates are hotloop's own quantized configurations. Configurations without quantization
     are references, and cannot pass by chance.
@@ -51,8 +51,8 @@ def not_after_choosing(records: Sequence[Record]) -> dict[str, str]:
     ]
     adjusted = holm([verdict.p for _, verdict in judged])
     return {
-        record.cell: f"passes by itself, but not if it is chosen among {len(judged)} "
-        f"configurations: p = {significant(p, 2)} by Holm's method"
+        record.cell: f"passes on its own, but not if it is selected from {len(judged)} "
+        f"configurations: p = {significant(p, 2)} with Holm's correction"
         for (record, verdict), p in zip(judged, adjusted, strict=True)
         if verdict.outcome == "pass" and p >= ALPHA
     }
@@ -63,22 +63,23 @@ def remarks(records: Sequence[Record]) -> list[str]:
     said = []
     if few := [r.perplexity.n for r in records if r.perplexity and r.perplexity.n < ENOUGH_WINDOWS]:
         said.append(
-            f"Only {min(few)} windows: intervals of quality over fewer than {ENOUGH_WINDOWS} are "
-            "themselves rough."
+            f"Only {min(few)} windows: with fewer than {ENOUGH_WINDOWS}, intervals of quality are "
+            "themselves imprecise."
         )
     floors = [figure.mean for record in records if (figure := record.kl_floor) is not None]
     if floors:
         said.append(
-            "The floor of KL, the reference against itself in windows of another length, is "
-            f"{divergence(max(floors))}: differences below it mean nothing."
+            "The floor of KL, of the reference against itself in windows of another length, is "
+            f"{divergence(max(floors))}: a smaller KL cannot be distinguished from rounding."
         )
     if verdicts := [verdict for record in records if (verdict := record.verdict) is not None]:
         tasks = ", ".join(dict.fromkeys(task for v in verdicts for task in v.tasks))
         margin = max(verdict.margin for verdict in verdicts)
         said.append(
             f"Verdict: accuracy lost is the share of {verdicts[0].n} items of {tasks} that only "
-            "the reference has right, less the share that only this configuration has right, so "
-            "below 0 it is a gain; in brackets is its one-sided 95% upper limit. pass: a loss of "
+            "the reference has right, minus the share that only this configuration has right. A "
+            "negative value is a gain. In parentheses is its one-sided 95% upper limit. pass: a "
+            "loss of "
             f"{100 * margin:.2f}% (1% of the reference's accuracy) is ruled out; fail: "
             "the loss is shown to be larger; underpowered: too few items to show either."
         )
@@ -86,7 +87,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
     if at_chance:
         said.append(
             f"{', '.join(sorted(at_chance))}: the reference is no better than guessing, so no loss "
-            "could be seen. Not in the verdict."
+            "can be measured. The verdict leaves it out."
         )
     said += [note for record in records if (note := _greedy(record))]
     return said
@@ -133,8 +134,8 @@ def _task(task: TaskFigures) -> str:
         return shown
     c = task.compared
     shown += f", reference {percent(task.reference_accuracy or 0, 1)}; {c.worse} worse, {c.better} "
-    shown += f"better (McNemar p = {significant(c.mcnemar_p, 2)}); lost {lost(c)}"
-    return f"{shown}; {'at chance' if task.at_chance else outcome(c)}"
+    shown += f"better (McNemar p = {significant(c.mcnemar_p, 2)}); lost {format_accuracy_loss(c)}"
+    return f"{shown}; {'at chance' if task.at_chance else format_outcome(c)}"
 
 
 def _greedy(record: Record) -> str | None:

@@ -19,7 +19,7 @@ def read_records(
 
     Args:
         path: The folder or the file.
-        on_problem: Called with a message for every incomplete or damaged line, which is skipped.
+        on_problem: Called with a message about every incomplete or damaged line, which is skipped.
 
     Raises:
         ConfigError: There are no records, or some have a newer schema than this version reads.

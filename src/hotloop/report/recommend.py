@@ -1,4 +1,4 @@
-"""Recommends a configuration, and says why the others are not recommended.
+"""Recommends a configuration, and gives the reasons against the others.
 
 The rule: consider the configurations whose quality loss is shown to be within the tolerance, and
 the fastest of these. Among the configurations that are not significantly slower than it, recommend
@@ -27,8 +27,7 @@ from hotloop.report.read import latest
 from hotloop.types import MAX_DELTA_LN_PPL
 
 MIN_REPEATS = 3
-"""The fewest repeats of a known speed: with two, t is 12.7, and the interval is too wide for use.
-"""
+"""The fewest repeats of a known speed: with two, t is 12.7, which makes the interval too wide."""
 
 MAX_RELATIVE_HALF_WIDTH = 0.5
 """The largest half width of a speed's 95 % interval, relative to its mean, of a known speed."""
@@ -43,8 +42,8 @@ class Recommendation:
         record: Its record.
         why: The reason, as a sentence.
         note: The notes of its engine, as a paragraph, as in its row. Empty without notes.
-        passed_over: A sentence for each configuration that was as fast or faster.
-        beside: A sentence for each other engine whose speed is known.
+        not_chosen: A sentence for each configuration that was as fast or faster.
+        other_engines: A sentence for each other engine whose speed is known.
         quality_known: Whether quality was considered.
         max_delta_ln_ppl: The tolerance.
     """
@@ -53,8 +52,8 @@ class Recommendation:
     record: Record | None = None
     why: str
     note: str = ""
-    passed_over: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    not_chosen: tuple[str, ...] = ()
+    other_engines: tuple[str, ...] = ()
     quality_known: bool
     max_delta_ln_ppl: float
 
@@ -80,14 +79,14 @@ def recommend(
     measured = [record for record in timed if not speed_gap(record)]
     scored = [record for record in measured if record.delta_ln_ppl]
 
-    def answer(chosen: Record | None, why: str, passed_over: Iterable[str] = ()) -> Recommendation:
+    def answer(chosen: Record | None, why: str, not_chosen: Iterable[str] = ()) -> Recommendation:
         return Recommendation(
             cell=chosen.cell if chosen else None,
             record=chosen,
             why=why,
             note=_noted(chosen) if chosen else "",
-            passed_over=(*passed_over, *unknown),
-            beside=_beside(chosen, records) if chosen else (),
+            not_chosen=(*not_chosen, *unknown),
+            other_engines=_other_engines(chosen, records) if chosen else (),
             quality_known=bool(scored),
             max_delta_ln_ppl=max_delta_ln_ppl,
         )
@@ -96,22 +95,22 @@ def recommend(
         if any(assumed_note(r) and r.decode_tok_s for r in records):
             return answer(
                 None,
-                "every configuration that was measured is of an assumed acceptance, and such a "
-                "speed is never recommended. Measure without --assume-acceptance.",
+                "every measured configuration has an assumed acceptance, and such speeds are never "
+                "recommended. Measure without --assume-acceptance.",
             )
         return answer(None, "no configuration was measured.")
     if not measured:
         return answer(None, "no configuration's speed is known. Raise --repeats.")
     if differing := _incomparable(measured):
-        return answer(None, f"the records are of different {differing} and cannot be compared.")
+        return answer(None, f"the records have different {differing} and cannot be compared.")
     if not scored:
         fastest = max(measured, key=_speed)
         why = measured[0].quality_reason or "it was not measured"
         return answer(
             fastest,
-            f"it decodes fastest, {_shown(fastest.decode_tok_s)} tok/s. That is speed alone: the "
-            f"quality is unknown ({why}).{_caveat(fastest)}",
-            (f"{_compared(r, fastest)}." for r in measured if _rivals(r, fastest)),
+            f"it decodes fastest, {_shown(fastest.decode_tok_s)} tok/s. Only speed is considered: "
+            f"the quality is unknown ({why}).{_caveat(fastest)}",
+            (f"{_compared(r, fastest)}." for r in measured if _is_rival(r, fastest)),
         )
     within = [record for record in scored if not _quality_gap(record, max_delta_ln_ppl)]
     if not within:
@@ -135,7 +134,7 @@ def recommend(
         (
             f"{_compared(r, chosen)}, but {_shortfall(r, chosen, max_delta_ln_ppl)}."
             for r in measured
-            if _rivals(r, chosen)
+            if _is_rival(r, chosen)
         ),
     )
 
@@ -162,7 +161,7 @@ def speed_gap(record: Record) -> str | None:
 
 
 def is_doubtful(record: Record) -> bool:
-    """Tells whether a measured speed is unstable or too uncertain."""
+    """Returns whether a measured speed is unstable or too uncertain."""
     return record.status == "unstable" or speed_gap(record) is not None
 
 
@@ -195,13 +194,13 @@ def _margin(record: Record) -> float:
 
 
 def _within_noise(a: Record, b: Record) -> bool:
-    """Tells whether the approximate 95 % interval of the difference of two speeds contains 0."""
+    """Returns whether the approximate 95 % interval of the difference of two speeds contains 0."""
     noise = [half_width(r.decode_tok_s) or 0.0 for r in (a, b) if r.decode_tok_s]
     return abs(_speed(a) - _speed(b)) <= math.hypot(*noise)
 
 
-def _rivals(record: Record, chosen: Record) -> bool:
-    """Tells whether a record's speed is higher than the chosen record's, or equal within noise."""
+def _is_rival(record: Record, chosen: Record) -> bool:
+    """Returns whether a record's speed is higher than the chosen one's, or equal within noise."""
     return record is not chosen and (
         _speed(record) > _speed(chosen) or _within_noise(record, chosen)
     )
@@ -240,7 +239,7 @@ def _quality_gap(record: Record, tolerance: float) -> str | None:
         more = ""
         if room > 0 and math.isfinite(upper):
             needed = math.ceil(loss.n * (_margin(record) / room) ** 2)
-            more = f"; some {needed} windows would be needed"
+            more = f"; about {needed} windows are needed"
         return f"{_shown_loss(record)} is not shown to be within {tolerance:g}{more}"
     return None
 
@@ -265,7 +264,7 @@ def _gain(chosen: Record, scored: Sequence[Record]) -> str:
     return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager{doubt})"
 
 
-def _beside(chosen: Record, records: Iterable[Record]) -> tuple[str, ...]:
+def _other_engines(chosen: Record, records: Iterable[Record]) -> tuple[str, ...]:
     """Compares the chosen record with those of other engines on the same device."""
     here = device_name(chosen)
     theirs = [r for r in records if r.baseline and r.decode_tok_s and device_name(r) == here]
@@ -289,7 +288,7 @@ def _caveat(record: Record) -> str:
 
 def _noted(record: Record) -> str:
     sentences = " ".join(f"{note.removesuffix('.')}." for note in notes(record))
-    return f"Of {record.cell}: {sentences}" if sentences else ""
+    return f"Notes on {record.cell}: {sentences}" if sentences else ""
 
 
 def _incomparable(records: Sequence[Record]) -> str | None:

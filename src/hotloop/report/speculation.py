@@ -72,7 +72,7 @@ class Drafting:
 
     @cached_property
     def break_even(self) -> tuple[float, int] | None:
-        """The lowest acceptance at which drafting pays, and with which k; None if it never pays."""
+        """The lowest acceptance at which drafting pays, and its k; None if drafting never pays."""
         found = [(p, k) for k in self.sizes if (p := self.break_even_of(k)) is not None]
         return min(found, default=None)
 
@@ -87,7 +87,7 @@ class Drafting:
         return high if cost > 1 else 0.0
 
     @cached_property
-    def best_seen(self) -> int | None:
+    def best_measured(self) -> int | None:
         """The number of drafts that is fastest at the measured acceptance; None if unknown."""
         speeds = {}
         for k in self.costs:
@@ -105,21 +105,21 @@ class Drafting:
         most = self.sizes[-1]
         cost = self.step_s(most) / self.step_s(0)
         drafts = "draft" if most == 1 else "drafts"
-        said = f"a step with {most} {drafts} takes {cost:.2f} plain ones"
+        said = f"a step with {most} {drafts} takes as long as {cost:.2f} plain steps"
         if self.break_even is None:
             said += "; drafting pays at no acceptance"
         elif self.break_even[0] == 0:
             said += "; drafting costs nothing"
         else:
             p, k = self.break_even
-            said += f"; drafting pays from {percent(p)} acceptance on, with {k}"
+            drafts = "draft" if k == 1 else "drafts"
+            said += f"; drafting pays from an acceptance of {percent(p)} on, with {k} {drafts}"
         first = next(iter(self.figures.acceptance), None)
         if first is not None:
-            kind = "assumed" if self.figures.assumed_acceptance is not None else "seen"
-            said += f"; {percent(first)} of first drafts {kind}"
-        if self.best_seen is not None:
-            best = "not to draft" if self.best_seen == 0 else str(self.best_seen)
-            said += f", for which the best is {best}"
+            kind = "assumed" if self.figures.assumed_acceptance is not None else "measured"
+            said += f"; the {kind} acceptance of first drafts is {percent(first)}"
+        if self.best_measured is not None:
+            said += f", and {self.best_measured} drafts per step are fastest"
         return said
 
     @property
@@ -175,7 +175,7 @@ class Drafting:
 
 
 def details(record: Record) -> list[tuple[str, str]]:
-    """Returns names and values for a record of a cell with drafts whose step times are known."""
+    """Returns labels and values of a record with drafts; empty if step times are not known."""
     pairs = []
     for cell in drafting([record]):
         if cell.costs:
@@ -183,8 +183,8 @@ def details(record: Record) -> list[tuple[str, str]]:
             listed = ", ".join(f"{percent(p)}: {speed}" for p, speed in speeds)
             pairs += [
                 ("drafting", cell.explanation),
-                ("ms to draft + to verify", f"by number of drafts, {cell.shown_costs}"),
-                ("tok/s (drafts)", f"by acceptance, {listed}; {cell.shown_plain} without"),
+                ("ms to draft + verify", f"by number of drafts, {cell.shown_costs}"),
+                ("tok/s (drafts)", f"by acceptance, {listed}; {cell.shown_plain} without drafts"),
             ]
     return pairs
 

@@ -1,7 +1,7 @@
-"""Draws plots as inline SVG, in the colours of the page's style sheet.
+"""Draws plots as inline SVG, in the colors of the page's style sheet.
 
 Every chart is drawn for a given width, so that a page can have one drawing for telephones and one
-for screens, with equal text size. Shapes and hatching carry the same information as colours.
+for screens, with equal text size. Shapes and hatching carry the same information as colors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hotloop.report.labels import Box, place_labels
 from hotloop.report.plots import Axis, Bar, Bars, Chart, Plot, Point, Series
 
 N_STYLES = 6
-"""Colours and shapes of marks; further series begin again."""
+"""The number of colors and shapes of marks, which further series reuse."""
 
 TEXT = 13
 """Size of text, in units of the drawing, which are pixels at its nominal width."""
@@ -133,10 +133,10 @@ class _Frame:
     y: Axis
 
     def across(self, value: float) -> float:
-        return self.left + self.x.place(value) * (self.right - self.left)
+        return self.left + self.x.position(value) * (self.right - self.left)
 
     def up(self, value: float) -> float:
-        return self.bottom - self.y.place(value) * (self.bottom - self.top)
+        return self.bottom - self.y.position(value) * (self.bottom - self.top)
 
 
 def _plot(plot: Plot, size: Size) -> Markup:
@@ -328,7 +328,7 @@ class _Layout:
     thick: float = 14.0
 
     def across(self, value: float) -> float:
-        return self.left + self.x.place(max(0.0, value)) * (self.right - self.left)
+        return self.left + self.x.position(max(0.0, value)) * (self.right - self.left)
 
 
 def _bars(chart: Bars, size: Size) -> tuple[float, Markup]:

@@ -18,7 +18,7 @@ from hotloop.report.context import notes as engine_notes
 from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
 from hotloop.report.layout import STAR, Column, Notes, Row, Table
 from hotloop.report.numbers import divergence, half_width, memory, percent, significant, uncertain
-from hotloop.report.quality import lost, needs, not_after_choosing
+from hotloop.report.quality import format_accuracy_loss, format_needed, selection_notes
 from hotloop.report.quality import remarks as quality_remarks
 from hotloop.report.read import latest
 from hotloop.report.recommend import Recommendation, recommend, speed_gap
@@ -60,7 +60,7 @@ FIGURES = (
     _figure("same_top1", "same\ntop-1", lambda f: percent(f.mean, 1), of_quality=True),
     Column(
         title="accuracy\nlost",
-        text=lambda record: lost(record.verdict) if record.verdict else "",
+        text=lambda record: format_accuracy_loss(record.verdict) if record.verdict else "",
         field="verdict.loss",
         of_quality=True,
     ),
@@ -113,7 +113,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
     labels = [*LABELS, MODEL] if len(set(map(model_name, records))) > 1 else [*LABELS]
     columns = [*labels, *shown]
     verdicts = next((i for i, c in enumerate(columns) if c.field == "verdict.outcome"), None)
-    chosen_away = not_after_choosing(records)
+    adjusted_notes = selection_notes(records)
     first_of_quality = next((i for i, c in enumerate(columns) if c.of_quality), None)
     rows = []
     for record in records:
@@ -132,9 +132,9 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
                 note = f"quality: {record.quality_reason}"
                 cells[first_of_quality] = notes.cite(cells[first_of_quality], note)
         if verdicts is not None and record.verdict is not None:
-            verdict, note = record.verdict, chosen_away.get(record.cell)
+            verdict, note = record.verdict, adjusted_notes.get(record.cell)
             if verdict.outcome == "underpowered":
-                note = f"underpowered: {needs(verdict)}"
+                note = f"underpowered: {format_needed(verdict)}"
             cells[verdicts] = notes.cite(cells[verdicts], note)
         recommended = record is recommendation.record
         rows.append(Row(record=record, cells=tuple(cells), recommended=recommended))
@@ -164,9 +164,13 @@ def to_csv(table: Table) -> str:
 
 def _advice(recommendation: Recommendation) -> list[str]:
     if recommendation.cell is None:
-        return [f"No recommendation: {recommendation.why}", *recommendation.passed_over]
+        return [f"No recommendation: {recommendation.why}", *recommendation.not_chosen]
     first = f"{STAR} Recommended: {recommendation.cell}, because {recommendation.why}"
-    return [first, *recommendation.passed_over, *recommendation.beside]  # its row has the note
+    return [
+        first,
+        *recommendation.not_chosen,
+        *recommendation.other_engines,
+    ]  # its row has the note
 
 
 def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
@@ -178,30 +182,33 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
         remarks.append(f"No quality: {'; '.join(reasons)}.")
     if timed:
         remarks.append(
-            "Speed: mean ± half of the 95% interval; TTFT, time to first token; decode, after it; "
-            "e2e, end to end. MBU: share of the read bandwidth."
+            "Speed: mean ± half of the 95% interval. TTFT is the time to the first token, decode "
+            "the speed after it, and e2e the speed over the whole request. MBU is the share of the "
+            "read bandwidth that decoding used."
         )
     if any(map(_is_batched, measured)):
         remarks.append(
-            "These figures are for one sequence of the batch. total: the tokens of all sequences "
-            "over the time to the last token."
+            "These figures are for one sequence of the batch. total is the number of tokens of all "
+            "sequences, divided by the time to the last token."
         )
     if drafted := [record for record in measured if record.speculation]:
         remarks.append(
-            "Speculation: tokens per step; acceptance, the share of first drafts that were "
-            "accepted. Both depend on the text, here on answers to random tokens."
+            "Speculation: acceptance is the share of first drafts that were accepted. Acceptance "
+            "and tokens per step depend on the text, here on answers to random tokens."
         )
         remarks += [RANDOM_ACCEPTANCE] * any(map(has_random_acceptance, drafted))
     if any(record.delta_ln_ppl for record in measured):
         remarks.append(
-            "Quality: perplexity (ppl); against the reference on the same windows, Δ ln ppl "
-            "± standard error, KL divergence, and how often both have the same most likely token."
+            "Quality: perplexity (ppl), and compared with the reference on the same windows, "
+            "Δ ln ppl ± standard error, KL divergence, and the share of positions with the same "
+            "most likely token."
         )
     remarks += quality_remarks(measured)
     if any(r.delta_ln_ppl and _is_its_own_quantized_reference(r) for r in measured):
         remarks.append(
-            "The reference's weights are quantized, as they are stored: these figures do not "
-            "include the loss by that quantization. --reference names an unquantized model."
+            "The reference's weights are quantized, as they are stored, so these figures do not "
+            "include the loss due to that quantization. To include it, name an unquantized model "
+            "with --reference."
         )
     return remarks
 

@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._sizes: dict[yaml.Node, int] = {}  # of finished nodes, what each expands to
+        self._sizes: dict[yaml.Node, int] = {}  # the expanded size of each finished node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
         """Composes a node, and counts the nodes of its expansion."""
@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
         return 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Makes a dict of a mapping whose keys are different texts."""
+        """Makes a dict of a mapping; refuses keys that are not text or are repeated."""
         for key, _ in node.value:
             if key.tag not in (_TEXT, _MERGE):
                 raise _problem("a key must be text", key)

@@ -52,8 +52,8 @@ _log = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 8_000
 
-WINDOWS_AT_ONCE, TOKENS_AT_ONCE = 8, 8192
-"""The most windows that an engine has seats for which is not timed, and the most tokens of them."""
+MAX_SCORED_WINDOWS, MAX_SCORED_TOKENS = 8, 8192
+"""The most windows, and tokens in them, that an engine scores in one batch if it is not timed."""
 
 
 def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
@@ -147,7 +147,7 @@ def gib(n_bytes: float) -> str:
 
 
 def as_reason(text: str | None) -> str | None:
-    """Shortens a reason for a record: of a long one, keeps the beginning and the end."""
+    """Shortens a reason for a record; of a long reason it keeps the beginning and the end."""
     if text is None:
         return None
     return shorten(text, MAX_REASON_CHARS).encode(errors="backslashreplace").decode()
@@ -157,7 +157,7 @@ class _Attempt:
     """A running attempt: its phase, and the fields of its record so far.
 
     Attributes:
-        config: The configuration that is loaded: the job's, but for ``_with_seats``.
+        config: The configuration that is loaded: the job's, with the seats of ``_with_seats``.
     """
 
     def __init__(self, job: Job, on_event: OnEvent) -> None:
@@ -225,15 +225,15 @@ class _Attempt:
 def _with_seats(job: Job) -> EngineConfig:
     """Returns a job's configuration, with seats for several windows at once if it is not timed.
 
-    Scores are those of the engine with one seat; with drafts, answers are checked, and the engine
-    is left as it is.
+    More seats do not change the scores. An engine with drafts is not changed, since its greedy
+    answers are checked as well.
     """
     config = job.config
     timed = job.task == "measure" and job.workload is not None
     is_plain = config.engine == OWN_ENGINE and config.draft == "none"
     if timed or not is_plain or config.max_batch_size > 1 or config.max_seq_len is None:
         return config
-    n = min(WINDOWS_AT_ONCE, TOKENS_AT_ONCE // config.max_seq_len)
+    n = min(MAX_SCORED_WINDOWS, MAX_SCORED_TOKENS // config.max_seq_len)
     return replace(config, max_batch_size=max(1, n))
 
 
@@ -294,7 +294,7 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         status, reason = explain(error, attempt.phase, attempt.memory)
         if status == "failed" and not isinstance(error, HotloopError):
             raise
-        return figures | {"quality_reason": reason}  # the speed was measured all the same
+        return figures | {"quality_reason": reason}  # the speed is valid
 
 
 def _score(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     if job.config.weights == "random":
         return {"quality_reason": "random weights have no quality"}
     if job.quality is None:
-        return {"quality_reason": "not asked for"}
+        return {"quality_reason": "not requested"}
 
     from hotloop.evaluate.greedy import greedy_agreement
     from hotloop.evaluate.quality import measure_quality  # these import torch
@@ -315,7 +315,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     attempt.enter("quality")
     text = load_text(job.quality.text)
     windows, protocol, key = _windows(job, engine, text)
-    reference, why_none = None, job.no_reference or "nothing to compare with"
+    reference, why_none = None, job.no_reference or "no reference was given"
     if job.reference is not None:
         try:
             reference = Reference(job.reference, key)
@@ -378,7 +378,7 @@ def _keep_reference(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     from hotloop.evaluate.quality import write_reference  # imports torch
 
     job, file = attempt.job, attempt.job.reference
-    assert file is not None, "a reference needs a place to be kept"
+    assert file is not None, "a reference needs a file"
     assert job.quality is not None, "a reference needs something to score"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():

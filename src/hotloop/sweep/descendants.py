@@ -26,7 +26,7 @@ def end_descendants(cell_id: str, timeout_s: float = GONE_S) -> list[int]:
 
     Args:
         cell_id: The value of ``CELL_ID`` in their environments.
-        timeout_s: How long to wait.
+        timeout_s: The most seconds to wait.
 
     Returns:
         The ids of processes that have not ended by then.

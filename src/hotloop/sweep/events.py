@@ -24,15 +24,15 @@ distributions."""
 
 
 @dataclass(frozen=True)
-class Noticed:
-    """A message to the user, such as about a half-written line; the sweep continues."""
+class Notice:
+    """A message to the user, such as one about an incomplete line; the sweep continues."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class ReferenceStarted:
-    """The reference ``cell`` will be scored now."""
+    """Scoring of the reference ``cell`` starts."""
 
     cell: str
 
@@ -100,7 +100,7 @@ class CellFinished:
 
 
 Event = (
-    Noticed
+    Notice
     | ReferenceStarted
     | ReferenceFinished
     | CellSkipped

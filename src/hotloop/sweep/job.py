@@ -27,7 +27,7 @@ from hotloop.sweep.models import (
     NoReferenceError,
     check_length,
     checkpoints,
-    settle_schemes,
+    resolve_schemes,
 )
 from hotloop.sweep.recipe import QualityOptions, cell_names, sha256_of
 from hotloop.types import OWN_ENGINE, EngineConfig, is_draft_model
@@ -41,7 +41,7 @@ class Job(BaseModel):
         cell: The cell's name.
         config: The configuration.
         source: The ``module:attribute`` of its engine's ``EngineKind``.
-        python: The interpreter that runs it; None for the one that runs this.
+        python: The interpreter that runs it; None for the current one.
         workload: The workload to time; None for a job that times nothing.
         quality: The windows to score; None for none. Its text's path is absolute.
         text_sha256: Hash of the text to score.
@@ -148,10 +148,10 @@ class Job(BaseModel):
         return self.reference_sha256 or self.weights_sha256
 
 
-def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any]) -> str:
+def measurement_key(job: Job, resolved: EngineConfig, machine: Mapping[str, Any]) -> str:
     """Hashes everything that determines a job's result, and nothing else.
 
-    A job whose key a record has is not measured again. The key covers the settled configuration,
+    A job is not measured again if a record has its key. The key covers the resolved configuration,
     the identity of the checkpoints (not their names), the content of the text, its windows and the
     tasks, the reference's identity, the workload, the engine, its interpreter, the versions of
     hotloop and torch, and the machine. It leaves out names of cells and recipes, paths of files
@@ -159,7 +159,7 @@ def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any])
 
     Args:
         job: The job.
-        settled: Its configuration as its engine's ``settle`` returns it.
+        resolved: Its configuration as its engine's ``resolve_auto`` returns it.
         machine: The result of ``hardware.machine``.
     """
     timed: dict[str, Any] = {
@@ -171,15 +171,15 @@ def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any])
     if job.quality is not None:
         timed["tasks"] = job.task_sha256s
         timed["protocols"] = sorted(job.quality.protocols)
-    return sha256_of(_scored(job, settled) | timed)
+    return sha256_of(_scored(job, resolved) | timed)
 
 
-def _scored(job: Job, settled: EngineConfig) -> dict[str, Any]:
+def _scored(job: Job, resolved: EngineConfig) -> dict[str, Any]:
     """Returns everything that determines a job's predictions."""
-    config = settled.to_dict()
+    config = resolved.to_dict()
     if job.weights_sha256:
         del config["model"], config["checkpoint"]
-        if is_draft_model(settled.draft):
+        if is_draft_model(resolved.draft):
             del config["draft"]
     return {
         "config": config,
@@ -198,14 +198,14 @@ class Cell:
     Attributes:
         name: Its name, different from those of the other cells.
         config: The configuration, with schemes in place of ``auto``.
-        settled: The same, with every other ``auto`` replaced that can be resolved beforehand.
+        resolved: The same, with every other ``auto`` replaced that can be resolved beforehand.
         source: The ``module:attribute`` of its engine's ``EngineKind``.
         engine: The ``EngineKind``.
     """
 
     name: str
     config: EngineConfig
-    settled: EngineConfig
+    resolved: EngineConfig
     source: str
     engine: EngineKind
 
@@ -223,16 +223,16 @@ def make_cells(configs: Sequence[EngineConfig], models: Models) -> list[Cell]:
         engine: EngineKind = registry.resolve("engine", ENGINES, config.engine)
         if engine.reads_checkpoints:
             is_random = config.weights == "random"
-            config = settle_schemes(config, None if is_random else models[config.source].stored)
-        settled = engine.settle(config)
+            config = resolve_schemes(config, None if is_random else models[config.source].stored)
+        resolved = engine.resolve_auto(config)
         cell = Cell(
             name="",
             config=config,
-            settled=settled,
+            resolved=resolved,
             source=ENGINES[config.engine],
             engine=engine,
         )
-        cells.setdefault(settled, cell)
+        cells.setdefault(resolved, cell)
     names = cell_names([cell.config for cell in cells.values()])
     return [replace(cell, name=name) for cell, name in zip(cells.values(), names, strict=True)]
 
@@ -288,7 +288,7 @@ def make_jobs(
             compared = _compared(models, model, original, quality, readable=readable)
             hashes = {"text_sha256": text.sha256, "task_sha256s": tuple(t.sha256 for t in tasks)}
             job = job.model_copy(update=hashes | compared)
-        key = measurement_key(job, cell.settled, machine)
+        key = measurement_key(job, cell.resolved, machine)
         jobs.append(job.model_copy(update={"key": key}))
     return jobs
 

@@ -87,14 +87,15 @@ class Models:
             reference = self[asked]
             if reference.quantization is not None:
                 raise ConfigError(
-                    f"the reference {shorten_value(asked)} is a quantized copy itself "
-                    f"({reference.quantization.scheme}): give the model it was made from."
+                    f"the reference {shorten_value(asked)} is itself a quantized copy "
+                    f"({reference.quantization.scheme}): give the model that it was made from."
                 )
             expected = copy.source.sample if copy and copy.source else None
             if copy and copy.source and expected and expected != reference.sample:
                 raise ConfigError(
-                    f"the reference {shorten_value(asked)} is not what {shorten_value(model.name)} "
-                    f"was made from, {shorten_value(copy.source.name)}: its content has the hash "
+                    f"{shorten_value(model.name)} was not made from the reference "
+                    f"{shorten_value(asked)} but "
+                    f"from {shorten_value(copy.source.name)}: the reference has the hash "
                     f"{reference.sample[:12]}, not {expected[:12]}."
                 )
             return reference
@@ -109,14 +110,17 @@ class Models:
         try:
             reference = self[copy.source.name]
         except ModelNotFoundError:
-            raise NoReferenceError(f"{lacks}; {copy.source.name} is not found here.") from None
+            raise NoReferenceError(f"{lacks}; {copy.source.name} is not on this machine.") from None
         if copy.source.sample is None:
             raise NoReferenceError(
-                f"{lacks}; an earlier version of hotloop made the copy, and did not note what "
-                "identifies it."
+                f"{lacks}; an earlier version of hotloop made the copy, and did not record the "
+                "hash "
+                "of that model."
             )
         if reference.sample != copy.source.sample:
-            raise NoReferenceError(f"{lacks}; {copy.source.name} here has another content.")
+            raise NoReferenceError(
+                f"{lacks}; {copy.source.name} on this machine has other content."
+            )
         return reference
 
 
@@ -149,7 +153,7 @@ def read_stored_form(path: Path) -> StoredForm:
 
 
 def is_quantized_copy(name: str) -> bool:
-    """Tells whether ``hotloop quantize`` wrote a model.
+    """Returns whether ``hotloop quantize`` wrote a model.
 
     Raises:
         ModelNotFoundError: There is no such model on this machine.
@@ -158,7 +162,7 @@ def is_quantized_copy(name: str) -> bool:
     return KnownModel(name=name, path=resolve_model(name)).quantization is not None
 
 
-def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineConfig:
+def resolve_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineConfig:
     """Replaces ``auto`` by the stored schemes, if the checkpoint is a copy or not quantized.
 
     Args:
@@ -178,7 +182,7 @@ def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineCon
 
 
 def checkpoints(config: EngineConfig) -> tuple[str | None, str | None]:
-    """Names the checkpoints that a configuration reads: the model's and the draft model's."""
+    """Returns the checkpoints that a configuration reads: the model's and the draft model's."""
     if config.weights == "random":
         return None, None
     return config.source, config.draft if is_draft_model(config.draft) else None

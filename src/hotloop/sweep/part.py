@@ -34,7 +34,7 @@ class Part:
         return cls(index=int(found[1]), count=int(found[2]))
 
     def of(self, cells: Sequence[T]) -> list[T]:
-        """Returns every ``count``-th of the cells, so that parts take equally long."""
+        """Returns every ``count``-th cell, so that all parts take about the same time."""
         return list(cells[self.index - 1 :: self.count])
 
     def __str__(self) -> str:

@@ -34,7 +34,7 @@ class PlannedCell:
 
     @property
     def may_run(self) -> bool:
-        """Tells whether it can run, as far as that is known."""
+        """Whether it can run, as far as that is known."""
         return self.unsupported is None and self.fits is not False
 
     def to_dict(self) -> dict[str, Any]:

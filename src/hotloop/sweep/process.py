@@ -32,7 +32,7 @@ from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
     CellPrepared,
-    Noticed,
+    Notice,
     OnEvent,
     from_line,
 )
@@ -41,18 +41,16 @@ from hotloop.sweep.store import MAX_LINE_BYTES
 from hotloop.writing import opened_to_append, tail
 
 GRACE_S = 5.0
-"""Seconds that a process may take to end, after the request to end or after it has sent its record.
-"""
+"""Seconds that a process may take to end after it was asked to end, or has sent its record."""
 
 TICK_S = 0.1
 LOG_TAIL_LINES = 6
-MOST_LOG_LINES = 1_000
-"""The number of last lines in which a crash is searched: faulthandler lists every thread."""
+MAX_LOG_LINES = 1_000
+"""How many of the last lines are searched for a crash: faulthandler lists every thread."""
 
 OOM_SHARE = 0.8
-"""If another process kills a cell's process while that holds this share of the memory that was
-available at its start, the cause is assumed to be an out-of-memory killer, even if the kernel
-counted none."""
+"""The share of the available memory above which a killed process is assumed to have been ended by
+an out-of-memory killer, even if the kernel counted none."""
 
 
 _START = """
@@ -113,7 +111,9 @@ def run_isolated(
         with _started(job, output, grace_s, on_event) as (child, pipe):
             try:
                 while True:
-                    ended = child.poll() is not None  # before reading: then all it wrote is there
+                    ended = (
+                        child.poll() is not None
+                    )  # before reading, so that everything that it wrote is read
                     for line in pipe.lines(0 if ended else TICK_S):
                         seen.take(line)
                     if ended or seen.nonsense:
@@ -129,7 +129,7 @@ def run_isolated(
     record = seen.record
     if record is None:
         if stopped == "interrupted":
-            status, reason = stopped, f"stopped by its user in {seen.phase}"
+            status, reason = stopped, f"stopped by the user in {seen.phase}"
         elif seen.nonsense:
             status, reason = "failed", f"ended in {seen.phase}: {seen.nonsense}"
         elif stopped == "timeout":
@@ -144,8 +144,8 @@ def run_isolated(
         if job.python is not None and seen.phase == "start" and (lacks := _LACKS.search(tail)):
             status = "unsupported"
             reason = (
-                f"{job.python} lacks the package {lacks[1]}, which hotloop needs in an engine's "
-                "interpreter, too: install hotloop there."
+                f"{job.python} lacks the package {lacks[1]}, which hotloop also needs in the "
+                "interpreter of an engine: install hotloop there."
             )
         reason = as_reason(reason + tail)
         record = Record(**(fields | seen.facts), status=status, reason=reason)
@@ -155,7 +155,7 @@ def run_isolated(
 
 
 class _Seen:
-    """Collects the reports of a running process."""
+    """Collects the events of a running process, and explains its end."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
@@ -198,7 +198,10 @@ class _Seen:
         code = child.poll()
         assert code is not None, "the process still runs"
         if code >= 0:
-            return "failed", f"the process ended in {self.phase} with exit code {code}, no record"
+            return (
+                "failed",
+                f"the process ended in {self.phase} with exit code {code}, without a record",
+            )
         held = f"it held {gib(self._peak_rss)} of the {gib(self._available)} available"
         if child.oom_killed():
             return "oom", f"killed by the kernel in {self.phase} for lack of memory; {held}"
@@ -227,7 +230,7 @@ class _Pipe:
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             yield from lines
             if len(self._rest) > MAX_LINE_BYTES:
-                yield self._rest  # no event is as long: as one, it is refused
+                yield self._rest  # longer than any event, so it is refused
                 self._rest = b""
             timeout_s = 0
 
@@ -256,7 +259,7 @@ def _started(
         finally:
             os.close(writer)
         try:
-            assert child.stdin is not None, "stdin was asked for as a pipe"
+            assert child.stdin is not None, "stdin is a pipe"
             with suppress(BrokenPipeError):  # it died at once; its exit code says so
                 child.stdin.write(job.model_dump_json().encode() + b"\n")
                 child.stdin.flush()
@@ -265,9 +268,9 @@ def _started(
             child.end(grace_s)
             if left := end_descendants(cell_id):
                 on_event(
-                    Noticed(
-                        f"processes that {job.cell} started do not end (ids {left}): they can "
-                        "disturb the next measurements."
+                    Notice(
+                        f"processes that {job.cell} started do not end (ids {left}). They can "
+                        "disturb the next measurements: end them."
                     )
                 )
     finally:
@@ -277,7 +280,7 @@ def _started(
 def _tail(log: Path, start: int) -> str:
     """Returns the last lines of this attempt's log; for a crash, with the innermost frames."""
     with log.open("rb") as file:
-        lines = tail(file, MOST_LOG_LINES, start)
+        lines = tail(file, MAX_LOG_LINES, start)
     for number, line in enumerate(lines):
         if line.startswith("Fatal Python error"):  # faulthandler prints the innermost frame first
             lines = lines[: number + 4]

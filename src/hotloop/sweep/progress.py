@@ -1,4 +1,4 @@
-"""Shows the progress of a sweep on stderr: by a bar on a terminal, else by plain lines.
+"""Shows the progress of a sweep on stderr: with a bar on a terminal, else with plain lines.
 
 Without a terminal, it prints a line for each phase, and one every ``HEARTBEAT_S`` during a phase: a
 log without lines for minutes looks like a program that hangs.
@@ -23,7 +23,7 @@ from hotloop.sweep.events import (
     CellSkipped,
     CellStarted,
     Event,
-    Noticed,
+    Notice,
     Phase,
     ReferenceFinished,
     ReferenceStarted,
@@ -45,7 +45,7 @@ class SweepProgress:
 
     Args:
         console: The console; stderr by default.
-        heartbeat_s: The longest silence of a phase without a terminal.
+        heartbeat_s: The most seconds between two lines, if there is no terminal.
     """
 
     def __init__(self, console: Console | None = None, heartbeat_s: float = HEARTBEAT_S) -> None:
@@ -84,12 +84,12 @@ class SweepProgress:
     def __call__(self, event: Event) -> None:
         """Shows one event."""
         match event:
-            case Noticed(message):
+            case Notice(message):
                 self._say(f"[yellow]note[/] {escape(message)}")
             case ReferenceStarted(cell):
                 self._begin("reference", cell, "is scored first")
             case ReferenceFinished(cell, reason, n_bytes, folder, reused):
-                where = f"{n_bytes / 1e9:.2f} GB kept in {escape(folder)}"
+                where = f"{n_bytes / 1e9:.2f} GB stored in {escape(folder)}"
                 if reused:
                     self._say(f"reference {escape(cell)}  [dim]was scored earlier:[/] {where}")
                 elif reason is None:

@@ -22,14 +22,14 @@ from hotloop.checked import MAX_COUNT
 from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.evaluate.reference_store import ReferenceStore
 from hotloop.sweep.cell import as_reason, base_record
-from hotloop.sweep.events import CellStarted, Noticed, OnEvent, ignore
+from hotloop.sweep.events import CellStarted, Notice, OnEvent, ignore
 from hotloop.sweep.job import Job
 
 CONNECT_S = 10.0
 """Seconds to wait for a cluster's address; Ray itself tries for many minutes."""
 
-MOST_LOSSES = 3
-"""Nodes that a cell may lose before it is recorded as failed."""
+MAX_LOST_NODES = 3
+"""The number of lost nodes after which a cell is recorded as failed."""
 
 
 def run_on_node(job_json: str, timeout_s: float) -> str:
@@ -65,7 +65,10 @@ class RayCluster:
             _connect(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, OverflowError, RuntimeError, ValueError) as error:
-            raise HotloopError(f"--ray {address}: no cluster answers ({error}).") from error
+            raise HotloopError(
+                f"--ray {address}: no cluster answers ({error}). Check the address, or start Ray "
+                "there."
+            ) from error
 
     def __enter__(self) -> RayCluster:
         return self
@@ -87,7 +90,7 @@ class RayCluster:
             jobs: The jobs.
             timeout_s: Seconds that each may take.
             on_event: Receives the events.
-            keep: Called with each record as soon as it arrives.
+            keep: Stores a record; called as soon as the record arrives.
         """
         ray = self._ray
         records: dict[int, Record] = {}
@@ -114,10 +117,15 @@ class RayCluster:
                     record = Record.model_validate_json(ray.get(done))
                 except ray.exceptions.RayError as error:
                     losses += 1
-                    if losses < MOST_LOSSES and _is_loss(ray, error):
+                    if losses < MAX_LOST_NODES and _is_loss(ray, error):
                         attempt = min(job.attempt + 1, MAX_COUNT)
                         job = job.model_copy(update={"attempt": attempt})
-                        on_event(Noticed(f"the node of {job.cell} was lost: it is tried again."))
+                        on_event(
+                            Notice(
+                                f"the node of {job.cell} was lost: the cell runs again on "
+                                "another node."
+                            )
+                        )
                         start(i, job, losses)
                         continue
                     reason = as_reason(f"its Ray task ended with {type(error).__name__}: {error}")
@@ -156,7 +164,7 @@ def task_resources(job: Job, nodes: Sequence[Mapping[str, float]]) -> dict[str, 
     if job.config.device != "cpu" and most_gpus:
         if (needed := job.config.tensor_parallel) > most_gpus:
             raise UnsupportedError(
-                f"needs {needed} GPUs of one node, and no node has over {most_gpus}"
+                f"needs {needed} GPUs on one node, and the largest node has {most_gpus}"
             )
         return {"num_gpus": needed, "num_cpus": 1}
     cpus = [node.get("CPU", 0) for node in nodes]
@@ -178,6 +186,6 @@ def _connect(address: str) -> None:
 
 
 def _is_loss(ray: Any, error: Exception) -> bool:
-    """Tells whether a task ended because its node or its worker ended."""
+    """Returns whether a task ended because its node or its worker ended."""
     kinds = ("NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError", "OutOfMemoryError")
     return isinstance(error, tuple(getattr(ray.exceptions, kind) for kind in kinds))

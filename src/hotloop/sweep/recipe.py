@@ -18,7 +18,7 @@ are the fields of ``EngineConfig``, so a new field can be swept at once.
     engines:                      # settings of other engines
       vllm: {python: ~/vllm/bin/python}    # its interpreter; hotloop need not be installed there
 
-A recipe has one model: records of different models cannot be compared, so they belong into
+A recipe has one model: records of different models cannot be compared, so they belong in
 different results folders.
 """
 
@@ -71,13 +71,13 @@ from hotloop.writing import check_component
 MAX_RECIPE_BYTES = 256 * 2**10
 
 MAX_CELLS = 1_000
-"""The most cells of a recipe: at a minute each, most of a day."""
+"""The most cells of a recipe: at one minute per cell, 17 hours."""
 
 TASK_TOKENS = 512
 """The shortest sequence for recipes with tasks, in tokens; longer items are cut."""
 
 DEFAULT_ITEMS = 200
-"""The default number of items of a task: enough to see damage, not to rule out a loss."""
+"""The default number of items of a task: enough to show a large loss, not to rule out a small."""
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 """A name or a path."""
@@ -110,7 +110,9 @@ class QualityOptions(StrictModel):
     @model_validator(mode="after")
     def _one_comparison(self) -> Self:
         if self.reference is not None and self.against is not None:
-            raise ValueError("give either reference or against: both are what to compare with")
+            raise ValueError(
+                "give either reference or against: both name the model to compare with"
+            )
         return self
 
     @property
@@ -201,13 +203,13 @@ else:
     Levers = create_model(
         "Levers",
         __base__=StrictModel,
-        __doc__="Some of EngineConfig's fields, those of one cell or of all.",
+        __doc__="Values for some fields of EngineConfig, in one cell or in all cells.",
         **{name: (hint, None) for name, hint in _lever_types().items()},
     )
     Matrix = create_model(
         "Matrix",
         __base__=StrictModel,
-        __doc__="The values to try of some of EngineConfig's fields.",
+        __doc__="Lists of values to try, for some fields of EngineConfig.",
         **{
             name: (Annotated[list[hint], Field(min_length=1), BeforeValidator(_listed)], None)
             for name, hint in _lever_types().items()
@@ -372,8 +374,9 @@ def replace_models(
     if draft_model is not None:
         if not any(is_draft_model(config.draft) for config in expand(recipe)):
             raise ConfigError(
-                f"the draft model {draft_model!r} has nothing to replace: the recipe "
-                f"{recipe.name!r} has no cell with a draft model."
+                f"the recipe {recipe.name!r} has no cell with a draft model that {draft_model!r} "
+                "could "
+                "replace: leave out --draft-model."
             )
 
         def replaced(draft: str) -> str:
@@ -477,7 +480,7 @@ def cell_names(configs: Sequence[EngineConfig]) -> list[str]:
 
 
 def sha256_of(value: Any) -> str:
-    """Hashes a JSON value, independent of the order of its keys."""
+    """Hashes a JSON value (SHA-256, hexadecimal), independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

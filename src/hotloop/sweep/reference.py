@@ -1,4 +1,4 @@
-"""The reference of a job: finds it, or scores it."""
+"""Finds the reference of a job, or scores it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DID_NOT_FIT: tuple[Status, ...] = ("predicted-oom", "oom")
 
 
 def is_reference(job: Job) -> bool:
-    """Tells whether a job would be compared with itself.
+    """Returns whether a job would be compared with itself.
 
     Raises:
         HotloopError: The configuration cannot work.
@@ -39,7 +39,7 @@ def is_reference(job: Job) -> bool:
 
 
 def with_reference(job: Job, store: ReferenceStore, on_event: OnEvent) -> Job:
-    """Scores a job's reference in this process; adds its files to the job, or why there are none.
+    """Scores a job's reference in this process, and adds its files, or a reason, to the job.
 
     Args:
         job: The job.
@@ -63,7 +63,7 @@ def find_reference(
 
     Args:
         job: The job.
-        store: Stores the files, and holds the returned files.
+        store: Stores the files, and locks the returned files.
         score: Runs the job that scores a reference.
         on_event: Receives the events.
 

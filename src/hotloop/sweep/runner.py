@@ -21,7 +21,7 @@ from hotloop.sweep.events import (
     CellFinished,
     CellSkipped,
     CellStarted,
-    Noticed,
+    Notice,
     OnEvent,
     ignore,
 )
@@ -123,12 +123,12 @@ def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record
             "or choose another results folder (--out)."
         )
     for problem in problems:
-        on_event(Noticed(problem))
+        on_event(Notice(problem))
     return {record.provenance.get("key", ""): record for record in records}
 
 
 def _is_finished(job: Job, earlier: Record | None) -> bool:
-    """Tells whether another attempt at a job would have the same result."""
+    """Returns whether another attempt at a job would have the same result."""
     if earlier is None or earlier.status not in FINISHED:
         return False
     if earlier.status in COULD_NOT_RUN and _may_run_now(earlier, job.provenance):
@@ -140,10 +140,10 @@ def _is_finished(job: Job, earlier: Record | None) -> bool:
 
 
 def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
-    """Tells whether a cell that could not run may run now, since circumstances have changed."""
+    """Returns whether a cell that could not run may run now, since circumstances have changed."""
     was, now = earlier.provenance.get("circumstances"), provenance["circumstances"]
     if was is None:
-        return True  # not known: records of older versions do not say
+        return True  # not known: records of older versions lack them
     fixed = ("code", "packages", "driver")
     if any(was.get(name) != now[name] for name in fixed):
         return True
@@ -178,7 +178,14 @@ def _name_of_code(hotloop: RecordedHotloop) -> str:
 
 
 class SingleMachine:
-    """A running sweep: its folder, its references, time limit and listener."""
+    """Runs the jobs of a sweep on this machine.
+
+    Args:
+        results: The results folder.
+        store: Stores references.
+        timeout_s: The time limit of a job, in seconds.
+        on_event: Receives events.
+    """
 
     def __init__(
         self, results: Path, store: ReferenceStore, timeout_s: float, on_event: OnEvent

@@ -23,14 +23,14 @@ RECORDS = "records.jsonl"
 
 MAX_FILE_BYTES = 2**28
 MAX_LINE_BYTES = 2**22
-"""The longest line that is read; a record has some ten thousand bytes."""
+"""The longest line that is read; a record has about ten thousand bytes."""
 
 
 def read_file(path: Path) -> tuple[list[Record], list[str]]:
     """Reads the records of a file in order, and reports invalid lines.
 
     Returns:
-        The records, and a sentence for each line that is left out because it is incomplete,
+        The records, and a sentence for each line that is skipped because it is incomplete or
         damaged, or has invalid values.
 
     Raises:
@@ -44,20 +44,20 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
         for number, line in enumerate(_lines(file), start=1):
             place = f"{shorten(str(path))}, line {number}"
             if len(line) > MAX_LINE_BYTES:
-                problems.append(f"{place}: has more than {MAX_LINE_BYTES:,} bytes; it is left out.")
+                problems.append(f"{place}: has more than {MAX_LINE_BYTES:,} bytes; it is skipped.")
                 continue
             if not line.strip():
                 continue
             try:
                 said = parse_json(line.strip(), place, refuse=config_error)
             except ConfigError as error:
-                problems.append(f"{error}; it is half-written or damaged, and left out.")
+                problems.append(f"{error}; it is incomplete or damaged, and is skipped.")
                 continue
             _check_schema(said, place)
             try:
                 records.append(validated(Record, said, place, refuse=config_error))
             except ConfigError as error:
-                problems.append(f"{error}; it is not a record, and left out.")
+                problems.append(f"{error}; it is not a record, and is skipped.")
     return records, problems
 
 

@@ -3,7 +3,7 @@
 It reads a job, one line of JSON, from stdin, and writes events, a line of JSON each, to the file
 descriptor FD; the last event has the record. stdout and stderr go to the log.
 
-stdin stays open as long as the parent lives. When it closes, the parent is gone and nothing reads
+stdin stays open as long as the parent lives. When it closes, the parent has ended and nothing reads
 the result. Then the whole process group ends, and so do the processes that this process started in
 other sessions.
 """
@@ -23,7 +23,7 @@ from hotloop.sweep.job import Job
 
 
 def main() -> None:
-    """Runs the job."""
+    """Runs the job that stdin holds, and writes its events to the descriptor in ``sys.argv``."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     job = Job.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-// Copies commands. Without scripts the page lacks only its buttons: every command stands in it.
+// Copies commands. Without scripts the page lacks only its buttons: it shows every command as text.
 for (const button of document.querySelectorAll("button.copy")) {
   button.hidden = false;
   const label = button.textContent;
