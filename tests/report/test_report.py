@@ -225,8 +225,8 @@ def test_a_comparison_with_an_unstable_speed_says_that_it_is_unstable():
     found = recommend([plain, fast, theirs, record("int8/eager", 60, loss=0.001)])
     assert found.cell == "int8/eager"
     assert "(2.0 × none/eager, whose speed was unstable), the fastest whose" in found.why
-    assert found.passed_over[0].startswith("int4-g64/eager (unstable) is 50% faster, but")
-    assert found.beside[0].startswith("vllm/eager decodes 40.00 ± 0.10 tok/s (unstable): ")
+    assert found.not_chosen[0].startswith("int4-g64/eager (unstable) is 50% faster, but")
+    assert found.other_engines[0].startswith("vllm/eager decodes 40.00 ± 0.10 tok/s (unstable): ")
     steady = recommend([REFERENCE, record("int8/eager", 60, loss=0.001)])
     assert "unstable" not in steady.why
 

@@ -90,7 +90,12 @@ def test_the_quality_of_a_copy_whose_source_is_gone_is_unknown(here):
     made = job("copy")
     assert made.reference_model is None
     assert made.no_reference is not None
-    for words in ("no unquantized reference", "int4-g64", "--reference", "source is not on this machine"):
+    for words in (
+        "no unquantized reference",
+        "int4-g64",
+        "--reference",
+        "source is not on this machine",
+    ):
         assert words in made.no_reference
     here["copy"] = copy_of(None)
     assert "no unquantized reference" in str(job("copy").no_reference)

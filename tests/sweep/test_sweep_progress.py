@@ -61,7 +61,7 @@ def test_without_a_terminal_progress_is_plain_lines(monkeypatch):
         "reference none/eager is scored first",
         "  scoring",
         "reference none/eager  is missing: no room  (0 s)",
-        "reference none/eager/tp2  was scored earlier: 0.80 GB kept in references",
+        "reference none/eager/tp2  was scored earlier: 0.80 GB stored in references",
         "int8/eager  skipped, finished earlier: ok  decode 1,234.6 tok/s",
         "[2/6] int8/auto attempt 3",
         "  loading, compiling, warming up",

@@ -269,15 +269,15 @@ def test_resume_keeps_cells_of_other_code_and_says_how_many_of_which_and_how_to_
     def resumed() -> tuple[list[Record], list[str]]:
         events = []
         records = sweep(tmp_path, *ends, resume=True, on_event=events.append)
-        return records, [event.message for event in events if isinstance(event, Noticed)]
+        return records, [event.message for event in events if isinstance(event, Notice)]
 
     assert resumed()[1] == []
     monkeypatch.setattr(runner, "code_hash", lambda: "new")
     (kept, *_), (note,) = resumed()
     assert kept == of_old
     of_code = of_old.provenance["hotloop"]["code"][:10]
-    said = f"1 cell is kept as other code of hotloop measured it (code {of_code}). Another results"
-    assert note == f"{said} folder (--out) measures all cells with this code."
+    said = f"1 cell was measured by other code of hotloop (code {of_code}) and not measured again."
+    assert note == f"{said} Another results folder (--out) measures all cells with this code."
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_resume_keeps_cells_of_other_code_and_says_how_many_of_which_and_how_to_
         ({}, "version not known"),
         ({"version": "0.0.1"}, "version 0.0.1"),
         ({"code": "c" * 64, "git_commit": "d" * 40}, "commit dddddddddd"),
-        ({"git_commit": "d" * 40, "git_dirty": True}, "commit dddddddddd with changes"),
+        ({"git_commit": "d" * 40, "git_dirty": True}, "commit dddddddddd with local changes"),
     ],
 )
 def test_code_is_named_by_what_a_record_has(by, name):

@@ -98,9 +98,9 @@ def windows_per_article(
 ) -> tuple[int, ...] | None:
     """Counts the windows of each article, in the order of the text.
 
-    A window belongs to the article that contains its middle. Each article is tokenized after the end
-    of the text before it, and the tokens of that end are subtracted. So a cut moves the end of one
-    article by about a token, and these errors do not add up over the articles.
+    A window belongs to the article that contains its middle. Each article is tokenized after the
+    end of the text before it, and the tokens of that end are subtracted. So a cut moves the end of
+    one article by about a token, and these errors do not add up over the articles.
 
     Args:
         encode: Makes token ids of a text.

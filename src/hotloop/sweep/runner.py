@@ -98,7 +98,7 @@ def run_sweep(
     with locked(results), ReferenceStore() as store:
         earlier = _earlier(results, resume, on_event)
         if note := _note_of_other_code(jobs, earlier):
-            on_event(Noticed(note))
+            on_event(Notice(note))
         sweep = SingleMachine(results, store, recipe.timeout_s, on_event)
         if ray_address is not None:
             with RayCluster(ray_address) as cluster:
@@ -162,17 +162,15 @@ def _note_of_other_code(jobs: Iterable[Job], earlier: Mapping[str, Record]) -> s
     measured = [r.provenance.get("hotloop", {}) for r in kept if r.status in MEASURED]
     if not (others := [by for by in measured if by.get("code") != code_hash()]):
         return None
-    cells = "1 cell is" if len(others) == 1 else f"{len(others)} cells are"
+    cells = "1 cell was" if len(others) == 1 else f"{len(others)} cells were"
     names = ", ".join(dict.fromkeys(map(_name_of_code, others)))
-    return (
-        f"{cells} kept as other code of hotloop measured {'it' if len(others) == 1 else 'them'} "
-        f"({names}). Another results folder (--out) measures all cells with this code."
-    )
+    return f"{cells} measured by other code of hotloop ({names}) and not measured again. Another "
+    "results folder (--out) measures all cells with this code."
 
 
 def _name_of_code(hotloop: RecordedHotloop) -> str:
     if commit := hotloop.get("git_commit"):
-        return f"commit {commit[:10]}{' with changes' if hotloop.get('git_dirty') else ''}"
+        return f"commit {commit[:10]}{' with local changes' if hotloop.get('git_dirty') else ''}"
     code = hotloop.get("code")
     return f"code {code[:10]}" if code else f"version {hotloop.get('version') or 'not known'}"
 
