@@ -164,8 +164,10 @@ def _note_of_other_code(jobs: Iterable[Job], earlier: Mapping[str, Record]) -> s
         return None
     cells = "1 cell was" if len(others) == 1 else f"{len(others)} cells were"
     names = ", ".join(dict.fromkeys(map(_name_of_code, others)))
-    return f"{cells} measured by other code of hotloop ({names}) and not measured again. Another "
-    "results folder (--out) measures all cells with this code."
+    return (
+        f"{cells} measured by other code of hotloop ({names}) and not measured again. "
+        "Another results folder (--out) measures all cells with this code."
+    )
 
 
 def _name_of_code(hotloop: RecordedHotloop) -> str:
