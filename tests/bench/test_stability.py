@@ -18,7 +18,7 @@ def test_small_scatter_is_stable():
     [
         ([1.0, 1.1, 1.2, 1.3, 1.4], "grew steadily, by 40%.*heat or a power limit"),
         ([1.0, 1.05, 1.04, 1.2, 1.3], "grew steadily"),
-        ([1.4, 1.2, 1.1, 1.05, 1.04], "fell steadily, by 26%.*warms up"),
+        ([1.4, 1.2, 1.1, 1.05, 1.04], "fell steadily, by 26%.*warm-up"),
         ([1.5, 1.0, 1.01, 0.99, 1.0], "repeat 1 took 50% longer.*warm-up was too short"),
         ([1.5, 1.0, 1.0, 1.0, 1.0], "repeat 1 took 50% longer"),
         ([1.0, 1.01, 1.5, 0.99, 1.0], "repeat 3 took 50% longer.*another process"),

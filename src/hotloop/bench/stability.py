@@ -120,8 +120,7 @@ def _pattern(seconds: Sequence[float]) -> str:
                 f"it grew steadily, by {change:.0%} from first to last, as when heat or a power "
                 "limit lowers the clocks or memory runs short"
             )
-        return f"it fell steadily, by {change:.0%} from first to last, as when the machine still "
-        "warms up"
+        return f"it fell steadily, by {change:.0%} from first to last, as in a warm-up"
     middle = statistics.median(seconds)
     odd = max(range(n), key=lambda i: abs(seconds[i] - middle))
     others = [*seconds[:odd], *seconds[odd + 1 :]]
