@@ -21,7 +21,7 @@ from waiting import wait_until
 import hotloop.engine.service
 from hotloop import LLM, SamplingParams
 from hotloop.serve.answers import _Body
-from hotloop.serve.completions import CompletionShape
+from hotloop.serve.completions import CompletionFormatter
 from hotloop.serve.lifecycle import HttpServer
 from hotloop.serve.protocol import DIRECT_BODY, DirectBody
 from hotloop.serve.settings import ServerSettings
@@ -124,9 +124,9 @@ def test_a_body_that_is_not_chunked_is_written_by_the_event_loop(llm, answer, mo
 
 
 def test_a_fault_while_an_event_is_made_ends_that_stream_alone(llm, answer, monkeypatch):
-    make, n_made = CompletionShape.events, []
+    make, n_made = CompletionFormatter.events, []
 
-    def faulty(self: CompletionShape, *args: Any) -> str:
+    def faulty(self: CompletionFormatter, *args: Any) -> str:
         n_made.append(threading.current_thread().name)
         if len(n_made) == 3:
             raise ZeroDivisionError
@@ -134,7 +134,7 @@ def test_a_fault_while_an_event_is_made_ends_that_stream_alone(llm, answer, monk
 
     with serving(llm) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(CompletionShape, "events", faulty)
+            patch.setattr(CompletionFormatter, "events", faulty)
             gate = Gate(llm, monkeypatch)
             threading.Thread(target=opened, args=(gate, server)).start()
             broken = httpx2.post(f"{server.url}/v1/completions", json=STREAMED, timeout=600)

@@ -58,7 +58,7 @@ def test_an_allowed_host_is_a_name_however_it_is_written(given):
     gate = Gate(Starlette(), ServerSettings(allowed_hosts=(given,)))
     host = "[::2]:9" if "::2" in given else "my.example:9"
     gate._check_host(Headers({"host": host}))
-    with pytest.raises(ApiError, match="does not answer as"):
+    with pytest.raises(ApiError, match="does not accept the host name"):
         gate._check_host(Headers({"host": "other.example"}))
 
 

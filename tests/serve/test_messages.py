@@ -97,7 +97,7 @@ def test_ids_of_a_call_and_its_result_are_those_that_mistrals_templates_take() -
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0]",
-            "'image_url': this model reads text",
+            "type 'image_url', but this model reads only text",
         ),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0]", "with a text"),
         ({"role": "assistant", "tool_calls": "x"}, "messages[0].tool_calls", "a list"),
@@ -129,7 +129,7 @@ def test_a_template_without_tools_gets_them_as_text_in_the_form_that_is_parsed(p
     assert system["content"].startswith("Be brief.\n\n")
     for definition in (WEATHER, {"type": "function", "function": {"name": "time"}}):
         assert json.dumps(definition) in system["content"]
-    assert parser.written([("NAME", "{…}")]) in system["content"]
+    assert parser.format_calls([("NAME", "{…}")]) in system["content"]
     assert user == {"role": "user", "content": "Rain?"}
     assert call.keys() == {"role", "content"}
     reading = parser(["weather"])
@@ -167,7 +167,7 @@ def test_nulls_of_a_definition_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("tools", "choice", "place", "problem"),
     [
-        ([{"type": "web_search"}], None, "tools[0]", "of the type function"),
+        ([{"type": "web_search"}], None, "tools[0]", "must have the type function"),
         ([{"type": "function"}], None, "tools[0].name", "must be text"),
         ([{"type": "function", "function": 5}], None, "tools[0].function", "an object"),
         (

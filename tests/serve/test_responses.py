@@ -16,7 +16,7 @@ from hotloop import LLM
 from hotloop.errors import HotloopError
 from hotloop.serve.lifecycle import HttpServer
 from hotloop.serve.parts import PlainText
-from hotloop.serve.responses import ResponsesShape, messages_of
+from hotloop.serve.responses import ResponsesFormatter, messages_of
 from hotloop.types import Delta
 
 THOUGHT = ["<think>", "\nwell", ", so\n", "</think>", "\n\nI look", " and see"]
@@ -221,10 +221,10 @@ def test_items_become_the_messages_of_a_chat():
 
 
 def test_an_error_in_mid_stream_is_a_failed_response_with_what_came_before():
-    shape = ResponsesShape({"id": "resp_1"}, PlainText(), None)
-    text = shape.first_events()
-    text += shape.events(Delta(index=0, text="so far", token_ids=(5,)), "")
-    text += shape.error_events(HotloopError("the device is gone"))
+    formatter = ResponsesFormatter({"id": "resp_1"}, PlainText(), None)
+    text = formatter.first_events()
+    text += formatter.events(Delta(index=0, text="so far", token_ids=(5,)), "")
+    text += formatter.error_events(HotloopError("the device is gone"))
     events = [json.loads(event.partition("data: ")[2]) for event in text.split("\n\n") if event]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     last = events[-1]

@@ -1,4 +1,4 @@
-"""``RequestLog``: gives each request an id, and logs a line once it is answered.
+"""``RequestLog``: gives each request an id, and logs one line when its response has ended.
 
 A line has the time, the client, the route and the status; it has no part of prompts, answers,
 queries or keys. It is a plain ASGI application around all others.
@@ -36,7 +36,7 @@ class RequestLog:
         self._app, self._write = app, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on."""
+        """Passes a request to the application, and logs its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

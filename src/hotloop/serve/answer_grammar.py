@@ -1,4 +1,4 @@
-"""Grammars of whole answers: reasoning, then calls of tools or what a client's grammar allows.
+"""Grammars of whole answers: reasoning, followed by tool calls or the client's grammar.
 
 Pure functions that translate a request into llguidance's Lark notation. They are needed if the
 client's grammar does not describe the whole answer: the answer must call a tool (``tool_choice``
@@ -36,7 +36,7 @@ _PLAIN_KEYS = frozenset(
 
 _Rules = dict[str, str]
 _Text = Callable[[str], str]
-"""Writes a text in Lark."""
+"""A function that quotes a text in Lark's notation."""
 
 
 def answer_grammar(
@@ -48,7 +48,7 @@ def answer_grammar(
     reasoning: Markers | None,
     within: bool,
 ) -> Grammar | None:
-    """Returns the grammar of an answer; None if anything may be said.
+    """Returns the grammar of an answer; None if the answer is not constrained.
 
     Args:
         grammar: The client's grammar of the answer's content.

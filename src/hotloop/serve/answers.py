@@ -1,11 +1,11 @@
 """Answers over HTTP: from a ticket of the engine to a response, whole or streamed.
 
-A ``Shape`` formats answers: ``chat`` and ``completions`` have one each. This module has the common
-parts: waiting on the event loop, clients that disconnect or are too slow, keep-alive comments, and
-errors in mid-stream.
+A ``Formatter`` formats answers: ``chat`` and ``completions`` have one each. This module has the
+common parts: waiting on the event loop, clients that disconnect or are too slow, keep-alive
+comments, and errors in mid-stream.
 
-A shape makes the events of a stream from prepared templates, since a JSON encoder for whole chunks
-takes several times as long.
+A formatter makes the events of a stream from prepared templates, since a JSON encoder for whole
+chunks takes several times as long.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hotloop.types import Delta
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # of nginx, which would hold events back
+    "X-Accel-Buffering": "no",  # else nginx buffers events
 }
 
 
@@ -45,15 +45,15 @@ LARGE_ENTRIES = 500
 """With more tokens and alternatives than this, JSON is made outside the event loop."""
 
 
-class Shape(Protocol):
-    """Formats the answers of one request in a form of the API."""
+class Formatter(Protocol):
+    """Formats the answers of one request as one route of the API defines."""
 
     def first_events(self) -> str:
         """Returns the events before all answers."""
         ...
 
     def events(self, delta: Delta, usage: str) -> str:
-        """Returns the events of a piece of an answer; each has ``usage``, see ``Chunks``."""
+        """Returns the events of one delta of an answer; each has ``usage``, see ``Chunks``."""
         ...
 
     def last_events(self, usage: Mapping[str, Any], *, wanted: bool) -> str:
@@ -65,16 +65,16 @@ class Shape(Protocol):
         ...
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
-        """Returns the whole response from all pieces of all answers."""
+        """Returns the whole response from all deltas of all answers."""
         ...
 
 
 compact: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-"""Returns JSON without spaces. ``json.dumps`` would make an encoder for each call."""
+"""Encodes a value as JSON without spaces; ``json.dumps`` would make an encoder for each call."""
 
 
 as_string = json.encoder.encode_basestring
-"""Returns a text as JSON; it is usually the only variable part of a chunk."""
+"""Encodes a text as JSON; it is usually the only variable part of a chunk."""
 
 
 class Chunks:
@@ -101,21 +101,21 @@ class Chunks:
         return f'data: {self._about},"choices":[{choice}]{more}}}\n\n'
 
 
-class ChunkShape:
-    """Base of the shapes that stream chunks: begins and ends a stream."""
+class ChunkFormatter:
+    """Base of the formatters that stream chunks: begins and ends a stream."""
 
     _chunks: Chunks
 
     def first_events(self) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         return ""
 
     def last_events(self, usage: Mapping[str, Any], *, wanted: bool) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         return f"{self._chunks.event('', compact(usage)) if wanted else ''}data: [DONE]\n\n"
 
     def error_events(self, error: Exception) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         return f"data: {compact(as_api_error(error).body)}\n\n"
 
 
@@ -130,24 +130,28 @@ def usage(tally: Tally) -> dict[str, Any]:
 
 
 async def respond(
-    served: Served, ticket: Ticket, shape: Shape, asked: SamplingBody, receive: Receive
+    served: Served,
+    ticket: Ticket,
+    formatter: Formatter,
+    request_body: SamplingBody,
+    receive: Receive,
 ) -> Response:
     """Returns the response of a ticket: its stream, or its whole body once that is complete.
 
     Args:
         served: The model.
         ticket: The request, submitted.
-        shape: The form of its answers.
-        asked: The request's body.
+        formatter: The form of its answers.
+        request_body: The request's body.
         receive: The ASGI function that reports a disconnected client.
 
     Raises:
         HotloopError: The request has failed, and is not streamed.
         ClientDisconnect: The client has disconnected.
     """
-    if asked.stream:
-        return EventStream(served, ticket, shape, asked)
-    tally, deltas = Tally(served.metrics, ticket.prompt_tokens, asked.n), []
+    if request_body.stream:
+        return EventStream(served, ticket, formatter, request_body)
+    tally, deltas = Tally(served.metrics, ticket.prompt_tokens, request_body.n), []
     async with cancelled_if_gone(served, ticket, receive):
         while not ticket.done:
             await ticket.arrived()
@@ -156,20 +160,20 @@ async def respond(
                 tally.add(deltas[-1])
 
     def whole() -> Response:
-        return JSONResponse(shape.body(deltas, usage(tally)))
+        return JSONResponse(formatter.body(deltas, usage(tally)))
 
-    n_entries = tally.completion_tokens * (1 + (asked.n_logprobs or 0))
+    n_entries = tally.completion_tokens * (1 + (request_body.n_logprobs or 0))
     return await asyncio.to_thread(whole) if n_entries > LARGE_ENTRIES else whole()
 
 
 def checked(piece: Piece) -> Delta:
-    """Returns a piece of an answer.
+    """Returns a delta of an answer that was not cancelled.
 
     Raises:
         ServiceClosedError: The answer was cancelled: the service ends, or the client has
             disconnected.
     """
-    assert isinstance(piece, Delta), "a prompt's pieces are of its answers"
+    assert isinstance(piece, Delta), "a generating ticket has deltas, and no scores"
     if piece.generation is not None and piece.generation.finish_reason == "cancelled":
         raise ServiceClosedError
     return piece
@@ -208,24 +212,26 @@ async def cancelled_if_gone(
 
 
 class EventStream(Response):
-    """A stream of server-sent events: the pieces of a ticket's answers, as they arrive.
+    """A stream of server-sent events: the deltas of a ticket's answers, as they arrive.
 
     Args:
         served: The model.
         ticket: The request, submitted.
-        shape: The form of its answers.
-        asked: The request's body.
+        formatter: The form of its answers.
+        request_body: The request's body.
     """
 
-    def __init__(self, served: Served, ticket: Ticket, shape: Shape, asked: SamplingBody) -> None:
-        self._served, self._ticket, self._shape = served, ticket, shape
-        self._options, self._n = asked.stream_options, asked.n
+    def __init__(
+        self, served: Served, ticket: Ticket, formatter: Formatter, request_body: SamplingBody
+    ) -> None:
+        self._served, self._ticket, self._formatter = served, ticket, formatter
+        self._options, self._n = request_body.stream_options, request_body.n
         super().__init__(headers=STREAM_HEADERS)
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
-        ticket, served, shape = self._ticket, self._served, self._shape
+        ticket, served, formatter = self._ticket, self._served, self._formatter
         tally = Tally(served.metrics, ticket.prompt_tokens, self._n)
         wanted = bool(self._options.include_usage)
         continuous = wanted and bool(self._options.continuous_usage_stats)
@@ -235,7 +241,7 @@ class EventStream(Response):
             for piece in ticket.take():
                 delta = checked(piece)
                 tally.add(delta)
-                text += shape.events(delta, compact(usage(tally)) if continuous else "")
+                text += formatter.events(delta, compact(usage(tally)) if continuous else "")
             return text
 
         body = _Body(served.settings, send, scope["state"])
@@ -248,32 +254,35 @@ class EventStream(Response):
                 }
             )
             try:
-                await body.write(shape.first_events)
+                await body.write(formatter.first_events)
                 with body.written_by_service(ticket, arrived):
                     while not ticket.done:
                         await ticket.arrived()
                         await body.write(arrived)
-                await body.write(lambda: shape.last_events(usage(tally), wanted=wanted), more=False)
+                await body.write(
+                    lambda: formatter.last_events(usage(tally), wanted=wanted), more=False
+                )
             except HotloopError as error:
-                text = shape.error_events(error)
+                text = formatter.error_events(error)
                 await body.write(lambda: text, more=False)
-            except Exception as error:  # a fault of hotloop, which the log shows
-                text = shape.error_events(error)
+            except Exception as error:  # a bug in hotloop, which the log shows
+                text = formatter.error_events(error)
                 await body.write(lambda: text, more=False)
                 raise
 
 
 class _Body:
-    """The body of a stream: comments while nothing comes, an end for who does not read.
+    """The body of a stream.
 
-    Parts are written in the event loop, or directly in the thread that has them, whose processor
-    time a wake-up of the event loop would cost several times over. Each part is made when nobody
-    else writes, so that parts are in order.
+    While no events arrive, it sends keep-alive comments. It ends a stream whose client does not
+    read. Parts are written in the event loop, or directly in the service's thread: a wake-up of the
+    event loop takes several times the processor time of a write. A part is made only when no other
+    part is being written, so that parts are in order.
 
     Args:
         settings: The limits.
         send: Sends to the client.
-        state: The request's, with the functions of its connection (``protocol``).
+        state: The request's state, with the functions of its connection (``protocol``).
     """
 
     def __init__(self, settings: ServerSettings, send: Send, state: dict[str, Any]) -> None:
@@ -314,11 +323,11 @@ class _Body:
 
     @contextmanager
     def written_by_service(self, ticket: Ticket, make: Callable[[], str]) -> Generator[None]:
-        """Lets the service's thread write what arrives, in the ``with`` block.
+        """Lets the service's thread write deltas as they arrive, within the ``with`` block.
 
         Args:
-            ticket: What arrives for it is written where that thread can; else its client is woken.
-            make: Takes that, and makes the part of the stream.
+            ticket: The request. If the thread cannot write at once, the event loop writes.
+            make: Takes the deltas that have arrived, and makes the part of the stream.
         """
         self._direct = self._state[DIRECT_BODY]()
         ticket.set_receiver(partial(self._write_directly, make))
@@ -337,7 +346,7 @@ class _Body:
         """Makes and sends a part of the stream in this thread, without waiting.
 
         Returns:
-            Whether all is sent; else ``write`` is to be called in the event loop.
+            Whether everything was sent; if not, call ``write`` in the event loop.
         """
         if not self._lock.acquire(blocking=False):
             return False

@@ -51,7 +51,11 @@ async def _data(request: Request, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body of a request may have {limit} bytes.", code="request_too_large")
+    return ApiError(
+        413,
+        f"the request body exceeds the limit of {limit:,} bytes: send less.",
+        code="request_too_large",
+    )
 
 
 def _parse(data: bytes, of: type[T], max_depth: int) -> T:

@@ -1,7 +1,7 @@
 """``/v1/chat/completions``: answers a list of messages with a message.
 
-A piece of an answer has three forms in turn: the engine's ``Delta``, the ``Part`` that a parser
-makes from its text (``parts``), and the JSON of a chunk or of the whole message (``ChatShape``).
+An answer has three forms in turn: the engine's ``Delta``, the ``Part`` that a parser makes from its
+text (``parts``), and the JSON of a chunk or of the whole message (``ChatFormatter``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hotloop.serve.answers import Chunks, ChunkShape, as_string, compact, respond
+from hotloop.serve.answers import ChunkFormatter, Chunks, as_string, compact, respond
 from hotloop.serve.bodies import read
 from hotloop.serve.logprobs import chat_logprobs
 from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, Reasoning
@@ -30,24 +30,28 @@ from hotloop.types import Delta, Generation
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation."""
     served: Served = request.app.state.served
-    asked = await read(request, ChatBody, served.settings)
-    served.check_name(asked.model)
+    request_body = await read(request, ChatBody, served.settings)
+    served.check_name(request_body.model)
     model = served.model
-    params = asked.params(model.sampling, served.settings)
-    use = read_tool_use(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
-    turn, ticket = await submit_turn(request, model, lambda: model.chats.turn(asked, use, params))
-    shape = ChatShape(
+    params = request_body.params(model.sampling, served.settings)
+    use = read_tool_use(
+        request_body.tools, request_body.tool_choice, parallel=request_body.parallel_tool_calls
+    )
+    turn, ticket = await submit_turn(
+        request, model, lambda: model.required_conversations.turn(request_body, use, params)
+    )
+    formatter = ChatFormatter(
         served,
         model.tokenizer,
         turn.parser,
         named=use.choice == "named",
-        details=bool(asked.hotloop.details),
+        details=bool(request_body.hotloop.details),
     )
-    return await respond(served, ticket, shape, asked, request.receive)
+    return await respond(served, ticket, formatter, request_body, request.receive)
 
 
-class ChatShape(ChunkShape):
-    """The shape of a chat's answers.
+class ChatFormatter(ChunkFormatter):
+    """Formats answers as chat completions.
 
     Args:
         served: The model.
@@ -80,7 +84,7 @@ class ChatShape(ChunkShape):
     # ------------------------------------------------------------------------------ streamed
 
     def events(self, delta: Delta, usage: str) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         choice = self._choice(delta.index)
         if not (self._details and delta.n_accepted):
             return self._events(choice, delta, usage)
@@ -111,7 +115,7 @@ class ChatShape(ChunkShape):
         finish: str = "null",
         details: str = "",
     ) -> str:
-        if not choice.begun:  # never in a chunk of its own, which would be taken for a token
+        if not choice.begun:  # never in a chunk of its own, which clients would count as a token
             choice.begun = True
             fields = f'"role":"assistant"{"," if fields else ""}{fields}'
         return self._chunks.event(
@@ -129,7 +133,7 @@ class ChatShape(ChunkShape):
     # ------------------------------------------------------------------------------ whole
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         for delta in deltas:
             choice = self._choice(delta.index)
             for part in choice.parts(delta):
@@ -160,7 +164,7 @@ _DELTAS: dict[type, Callable[[Any], str]] = {
 
 
 def _divided(delta: Delta) -> tuple[Delta, Delta]:
-    """Divides a piece into its drafted part and the rest."""
+    """Divides a delta into its drafted part and the rest."""
     n, n_chars = delta.n_accepted, delta.n_accepted_chars
     logprobs = delta.logprobs
     accepted = Delta(
@@ -188,7 +192,7 @@ class _Choice:
         self.generation: Generation | None = None
 
     def parts(self, delta: Delta) -> list[Content | Reasoning | CallStart | CallArguments]:
-        """Returns the parts of a piece."""
+        """Returns the parts of a delta."""
         parts = list(self._parser.push(delta.text)) if delta.text else []
         if delta.generation is not None:
             parts += self._parser.end()

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from hotloop.engine.service import Ticket
 from hotloop.serve.answers import (
     STREAM_HEADERS,
+    ChunkFormatter,
     Chunks,
-    ChunkShape,
     as_string,
     cancelled_if_gone,
     compact,
@@ -36,58 +36,67 @@ from hotloop.types import Delta, Generation, Score, Timing
 async def completions(request: Request) -> Response:
     """Continues a prompt, or several."""
     served: Served = request.app.state.served
-    asked = await read(request, CompletionBody, served.settings)
-    served.check_name(asked.model)
+    request_body = await read(request, CompletionBody, served.settings)
+    served.check_name(request_body.model)
     model = served.model
-    _check(asked, served.settings.max_choices)
-    large = len(asked.prompts) * max(map(len, asked.prompts)) > LARGE_BYTES
-    prompts = await asyncio.to_thread(_encoded, asked, model) if large else _encoded(asked, model)
+    _check(request_body, served.settings.max_choices)
+    large = len(request_body.prompts) * max(map(len, request_body.prompts)) > LARGE_BYTES
+    prompts = (
+        await asyncio.to_thread(_encoded, request_body, model)
+        if large
+        else _encoded(request_body, model)
+    )
     if not all(prompts):
         raise ApiError(400, "prompt: a prompt is empty: give at least one token.", param="prompt")
     params = None  # of an echo alone
-    if not (asked.echo and asked.max_tokens == 0):
-        params = asked.params(model.sampling, served.settings)
+    if not (request_body.echo and request_body.max_tokens == 0):
+        params = request_body.params(model.sampling, served.settings)
     scored: list[list[ScoredToken]] = []
-    if asked.echo and asked.logprobs is not None:
-        scored = [await _scored(request, served, ids, asked.logprobs) for ids in prompts]
+    if request_body.echo and request_body.logprobs is not None:
+        scored = [await _scored(request, served, ids, request_body.logprobs) for ids in prompts]
     ticket = None
     if params is not None:
         ticket = await submit(request, model, prompts, params, large=large)
-    shape = CompletionShape(served, asked, model.tokenizer, prompts, scored)
+    formatter = CompletionFormatter(served, request_body, model.tokenizer, prompts, scored)
     if ticket is None:
-        return _only_echoed(served, asked, shape, prompts)
-    return await respond(served, ticket, shape, asked, request.receive)
+        return _only_echoed(served, request_body, formatter, prompts)
+    return await respond(served, ticket, formatter, request_body, request.receive)
 
 
-def _check(asked: CompletionBody, max_choices: int) -> None:
+def _check(request_body: CompletionBody, max_choices: int) -> None:
     """Refuses combinations of fields that are not supported.
 
     Raises:
-        ApiError: The field at fault.
+        ApiError: A field is not supported, or a combination of fields; ``param`` names it.
     """
-    if asked.suffix:
-        raise ApiError(400, "suffix: this model cannot fill in the middle.", param="suffix")
-    n = asked.n or 1
-    if asked.best_of is not None and asked.best_of != n:
+    if request_body.suffix:
+        raise ApiError(
+            400, "suffix: fill-in-the-middle is not supported: leave suffix out.", param="suffix"
+        )
+    n = request_body.n or 1
+    if request_body.best_of is not None and request_body.best_of != n:
         raise ApiError(
             400,
-            f"best_of is {asked.best_of}: answers are not ranked here; leave it out.",
+            f"best_of is {request_body.best_of}, but this server does not rank answers: leave it "
+            "out.",
             param="best_of",
         )
-    if not asked.prompts:
-        raise ApiError(400, "prompt: there must be at least one.", param="prompt")
-    if len(asked.prompts) * n > max_choices:
+    if not request_body.prompts:
+        raise ApiError(400, "prompt: the list is empty: give at least one prompt.", param="prompt")
+    if len(request_body.prompts) * n > max_choices:
         raise ApiError(
             400,
-            f"{len(asked.prompts)} prompts with n {n} are {len(asked.prompts) * n} answers; a "
-            f"request may have {max_choices}.",
+            f"{len(request_body.prompts)} prompts with n {n} are {len(request_body.prompts) * n} "
+            "answers, more "
+            f"than {max_choices}: send several requests.",
             param="prompt",
         )
 
 
-def _encoded(asked: CompletionBody, model: Model) -> list[list[int]]:
+def _encoded(request_body: CompletionBody, model: Model) -> list[list[int]]:
     return [
-        model.text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
+        model.required_tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        for prompt in request_body.prompts
     ]
 
 
@@ -108,13 +117,16 @@ async def _scored(
 
 
 def _only_echoed(
-    served: Served, asked: CompletionBody, shape: CompletionShape, prompts: Sequence[list[int]]
+    served: Served,
+    request_body: CompletionBody,
+    formatter: CompletionFormatter,
+    prompts: Sequence[list[int]],
 ) -> Response:
     """Returns the response of ``max_tokens`` 0, for which nothing is generated."""
     tally = Tally(served.metrics, sum(map(len, prompts)))
     deltas = [
         Delta(
-            index=i * (asked.n or 1) + j,
+            index=i * (request_body.n or 1) + j,
             text="",
             token_ids=(),
             logprobs=(),
@@ -128,30 +140,32 @@ def _only_echoed(
             ),
         )
         for i, ids in enumerate(prompts)
-        for j in range(asked.n or 1)
+        for j in range(request_body.n or 1)
     ]
-    if not asked.stream:
-        return JSONResponse(shape.body(deltas, usage(tally)))
-    text = "".join(shape.events(delta, "") for delta in deltas)
-    text += shape.last_events(usage(tally), wanted=bool(asked.stream_options.include_usage))
+    if not request_body.stream:
+        return JSONResponse(formatter.body(deltas, usage(tally)))
+    text = "".join(formatter.events(delta, "") for delta in deltas)
+    text += formatter.last_events(
+        usage(tally), wanted=bool(request_body.stream_options.include_usage)
+    )
     return Response(text, headers=STREAM_HEADERS)
 
 
-class CompletionShape(ChunkShape):
-    """The shape of completions.
+class CompletionFormatter(ChunkFormatter):
+    """Formats answers as text completions.
 
     Args:
         served: The model.
-        asked: The request.
+        request_body: The request.
         tokenizer: The model's tokenizer.
         prompts: The prompts.
-        scored: The log-probabilities of each prompt, if they are wanted; else empty.
+        scored: The log-probabilities of each prompt, if they were requested; else empty.
     """
 
     def __init__(
         self,
         served: Served,
-        asked: CompletionBody,
+        request_body: CompletionBody,
         tokenizer: Tokenizer | None,
         prompts: Sequence[list[int]],
         scored: Sequence[list[ScoredToken]],
@@ -163,12 +177,12 @@ class CompletionShape(ChunkShape):
             "model": served.settings.name,
         }
         self._chunks = Chunks(self._about)
-        self._asked, self._tokenizer = asked, tokenizer
+        self._asked, self._tokenizer = request_body, tokenizer
         self._prompts, self._scored = prompts, scored
         self._choices: dict[int, _Choice] = {}
 
     def events(self, delta: Delta, usage: str) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         choice, events = self._choices.get(delta.index), ""
         if choice is None:
             choice = self._choice(delta.index)
@@ -184,7 +198,7 @@ class CompletionShape(ChunkShape):
         return events
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         ended = {delta.index: delta for delta in deltas if delta.generation is not None}
         choices = []
         for i in sorted(ended):
@@ -232,7 +246,7 @@ class _Choice:
 
     def __init__(
         self,
-        asked: CompletionBody,
+        request_body: CompletionBody,
         tokenizer: Tokenizer | None,
         i: int,
         ids: list[int],
@@ -240,18 +254,18 @@ class _Choice:
     ) -> None:
         self.echoed, self.echoed_logprobs = "", None
         self._lists: CompletionLogprobs | None = None
-        given = asked.prompts[i]
-        if asked.echo:
+        given = request_body.prompts[i]
+        if request_body.echo:
             if isinstance(given, str):
                 self.echoed = given
             elif tokenizer is not None:
                 self.echoed = tokenizer.decode(given)
-        if asked.logprobs is not None and tokenizer is not None:
+        if request_body.logprobs is not None and tokenizer is not None:
             self._lists = CompletionLogprobs(tokenizer)
             self.echoed_logprobs = self._lists.of_prompt(ids, scored)
 
     def logprobs(self, piece: Delta | Generation) -> dict[str, Any] | None:
-        """Returns the ``logprobs`` lists of a piece's tokens; None if they are not wanted."""
+        """Returns the ``logprobs`` lists of a delta's tokens; None if they were not requested."""
         if self._lists is None or not piece.logprobs:
             return None
         return self._lists.of_answer(piece.logprobs)

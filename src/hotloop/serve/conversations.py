@@ -17,7 +17,11 @@ from hotloop.serve.parts import Parser, PlainText
 from hotloop.serve.reasoning import ReasoningParser, is_within_reasoning, reasoning_markers
 from hotloop.serve.schemas import Conversation
 from hotloop.serve.tool_use import Tool, ToolUse
-from hotloop.serve.tools import takes_several_calls, takes_tools, tool_parser
+from hotloop.serve.tools import (
+    template_supports_several_calls,
+    template_supports_tools,
+    tool_parser,
+)
 from hotloop.text.chat import RESERVED_VARIABLES
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import ChatPrompt, SamplingParams
@@ -57,8 +61,8 @@ class Conversations:
     ) -> None:
         self._tokenizer, self._variables = tokenizer, variables
         self._parser = tool_parser(tool_parser_name, tokenizer)
-        self._takes_tools = takes_tools(tokenizer)
-        self._takes_several = takes_several_calls(tokenizer)
+        self._supports_tools = template_supports_tools(tokenizer)
+        self._supports_several = template_supports_several_calls(tokenizer)
         self._reasoning = reasoning_markers(tokenizer)
 
     def prepare(self) -> None:
@@ -67,11 +71,11 @@ class Conversations:
             greeting = {"role": "user", "content": "Hello"}
             self._tokenizer.chat_prompt([greeting], **self._variables)
 
-    def prompt(self, asked: Conversation, use: ToolUse) -> ChatPrompt:
+    def prompt(self, request_body: Conversation, use: ToolUse) -> ChatPrompt:
         """Formats a conversation as a prompt.
 
         Args:
-            asked: The conversation.
+            request_body: The conversation.
             use: Its tools.
 
         Raises:
@@ -79,39 +83,42 @@ class Conversations:
             HotloopError: See ``Tokenizer.chat_prompt``.
         """
         messages = template_messages(
-            asked.messages or (), self._parser, tools=use.tools, as_text=not self._takes_tools
+            request_body.messages or (),
+            self._parser,
+            tools=use.tools,
+            as_text=not self._supports_tools,
         )
-        variables = {**self._variables, **asked.chat_template_kwargs}
-        if use.tools and self._takes_tools:
+        variables = {**self._variables, **request_body.chat_template_kwargs}
+        if use.tools and self._supports_tools:
             variables["tools"] = [dict(tool.definition) for tool in use.tools]
         for name in RESERVED_VARIABLES:
             if name in variables:
-                raise RequestError(f"chat_template_kwargs: {name} is no variable of a template.")
+                raise RequestError(f"chat_template_kwargs: the server sets {name}: leave it out.")
         return self._tokenizer.chat_prompt(
             messages,
-            add_generation_prompt=asked.add_generation_prompt,
-            continue_final_message=asked.continue_final_message,
+            add_generation_prompt=request_body.add_generation_prompt,
+            continue_final_message=request_body.continue_final_message,
             **variables,
         )
 
-    def turn(self, asked: Conversation, use: ToolUse, params: SamplingParams) -> Turn:
+    def turn(self, request_body: Conversation, use: ToolUse, params: SamplingParams) -> Turn:
         """Formats a conversation as a prompt, and makes the parser and options of the answer.
 
         Args:
-            asked: The conversation.
+            request_body: The conversation.
             use: Its tools.
             params: Sampling options of the request.
 
         Raises:
             HotloopError: As ``prompt``, or the grammar is not valid.
         """
-        use = replace(use, parallel=use.parallel and self._takes_several)
-        prompt = self.prompt(asked, use)
+        use = replace(use, parallel=use.parallel and self._supports_several)
+        prompt = self.prompt(request_body, use)
         markers, grammar = self._reasoning, params.grammar
         if grammar is not None and grammar.kind == "lark" and not use.forced:
-            markers = None  # the whole answer is the grammar's
+            markers = None  # the grammar describes the whole answer
         within = markers is not None and is_within_reasoning(
-            self._tokenizer, prompt.token_ids, markers, continued=_continued(asked)
+            self._tokenizer, prompt.token_ids, markers, continued=_continued(request_body)
         )
         visible = self._parser.control_tokens if use.tools else ()
         if markers is not None:
@@ -132,8 +139,8 @@ class Conversations:
         return Turn(prompt, params, parser, use.forced)
 
 
-def _continued(asked: Conversation) -> str:
+def _continued(request_body: Conversation) -> str:
     """Returns the message that the answer continues; empty if it begins a new one."""
-    if not (asked.continue_final_message and asked.messages):
+    if not (request_body.continue_final_message and request_body.messages):
         return ""
-    return content_text("messages", asked.messages[-1].get("content") or "")
+    return content_text("messages", request_body.messages[-1].get("content") or "")

@@ -24,7 +24,7 @@ from hotloop.errors import (
 
 RETRY_AFTER_S = 1
 
-GONE = 499
+CLIENT_CLOSED_REQUEST = 499
 """The status for a client that has disconnected, as in nginx. Only the log shows it."""
 
 
@@ -97,13 +97,14 @@ def as_api_error(error: Exception) -> ApiError:
         case HotloopError():
             return ApiError(500, str(error), type="server_error", code="engine_failed")
         case ClientDisconnect():
-            return ApiError(GONE, "the client has gone.")
+            return ApiError(CLIENT_CLOSED_REQUEST, "the client has disconnected.")
         case HTTPException():
             return ApiError(error.status_code, shorten(error.detail), headers=error.headers)
         case _:
             return ApiError(
                 500,
-                "the server has failed at this request: a fault of hotloop, which its log shows.",
+                "the server failed on this request because of a bug in hotloop: see the server's "
+                "log.",
                 type="server_error",
                 code="internal_error",
             )
@@ -126,6 +127,6 @@ async def handle(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and told.status in (404, 405):  # of Starlette's router
         route = f"{request.method} {shorten(request.url.path)}"
         told.message = f"there is no route {route} here: the base URL of clients ends in /v1."
-    if told.status != GONE:
+    if told.status != CLIENT_CLOSED_REQUEST:
         request.app.state.served.metrics.error(told.status)
     return told.response()

@@ -21,14 +21,14 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Paths that need no key."""
 
 SALT = "hotloop.salt"
-"""The name, in a request's scope, of the salt of its prefixes."""
+"""The name, in a request's scope, of the salt of its prefix-cache keys."""
 
 KEY_HEADERS = ("api-key", "x-api-key")
 """Headers in which clients may send a key, besides ``Authorization``."""
 
 
 class Gate:
-    """Refuses requests with too large headers, for other hosts, or without a key.
+    """Refuses requests with too many or too large headers, for other hosts, or without a key.
 
     A server that listens only on a loopback address accepts only names of the loopback as host:
     that refuses a page of another site whose name resolves to this address (DNS rebinding).
@@ -65,15 +65,16 @@ class Gate:
         if len(headers) > most or n_bytes > self._settings.max_header_bytes:
             raise ApiError(
                 431,
-                f"a request may have {most} headers, of {self._settings.max_header_bytes} bytes.",
+                f"the request has more than {most} headers, or more than "
+                f"{self._settings.max_header_bytes:,} bytes of headers: send fewer.",
             )
 
     def _check_host(self, headers: Headers) -> None:
         if self._hosts and (host := _hostname(headers.get("host", ""))) not in self._hosts:
             raise ApiError(
                 403,
-                f"this server does not answer as {shorten_value(host)}: its option --allowed-host "
-                "allows a name.",
+                f"this server does not accept the host name {shorten_value(host)}: allow it with "
+                "--allowed-host.",
                 code="host_not_allowed",
             )
 
@@ -84,7 +85,8 @@ class Gate:
         if scheme.lower() != "bearer":
             given = next(filter(None, map(headers.get, KEY_HEADERS)), "")
         key = given.strip().encode("latin-1")
-        matches = [hmac.compare_digest(key, each) for each in self._keys]  # with all, always
+        # The key is compared with all keys, so that the time does not depend on which one matches.
+        matches = [hmac.compare_digest(key, each) for each in self._keys]
         if not any(matches):
             raise ApiError(
                 401,
@@ -97,7 +99,7 @@ class Gate:
 
 
 def is_loopback(host: str) -> bool:
-    """Tells whether only this machine can reach an address."""
+    """Returns whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""``JsonScanner``: finds the end of a JSON value in text that arrives in pieces.
+"""``JsonScanner``: finds the end of a JSON value in text that arrives in parts.
 
 It follows the grammar and stores only the open brackets, so that arguments of calls can be passed
 on while they arrive. It does not parse the value; ``json.loads`` does.

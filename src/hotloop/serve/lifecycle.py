@@ -25,11 +25,11 @@ from hotloop.serve.protocol import LimitedProtocol
 from hotloop.serve.served import Served
 from hotloop.serve.settings import ServerSettings
 
-LOOK_S = 0.1
+POLL_S = 0.1
 """Polling interval, in seconds."""
 
-LAST_WORDS_S = 2.0
-"""Seconds that clients have to read the error event of their streams, after the time to drain."""
+ERROR_EVENT_S = 2.0
+"""Seconds that clients have to read the error event of their streams, after the drain time."""
 
 
 class HttpServer:
@@ -60,7 +60,7 @@ class HttpServer:
         self.served = Served(settings)
         self._socket = _listen(settings)
         self.port: int = self._socket.getsockname()[1]
-        self._told_to_stop, self._told_to_hurry = threading.Event(), threading.Event()
+        self._stop_requested, self._drain_canceled = threading.Event(), threading.Event()
         protocol: Any = functools.partial(LimitedProtocol, settings)
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -104,36 +104,36 @@ class HttpServer:
         self.served.attach(service)
 
     def stop(self) -> None:
-        """Ends ``wait``; a second call also ends the time to drain. Safe in a signal handler."""
-        if self._told_to_stop.is_set():
-            self._told_to_hurry.set()
-        self._told_to_stop.set()
+        """Ends ``wait``; a second call also ends draining. Safe in a signal handler."""
+        if self._stop_requested.is_set():
+            self._drain_canceled.set()
+        self._stop_requested.set()
 
     def wait(self) -> bool:
-        """Waits until ``stop`` is called; returns False if engine or server failed before."""
-        while not self._told_to_stop.wait(LOOK_S):
+        """Waits until ``stop`` is called; returns False if engine or server failed first."""
+        while not self._stop_requested.wait(POLL_S):
             if self.served.error is not None or not self._thread.is_alive():
                 return False
         return True
 
     def close(self) -> None:
-        """Refuses new requests, waits for running ones up to the time to drain, and ends.
+        """Refuses new requests, waits for running ones up to the drain time, and ends.
 
         Streams that have not ended by then get an error event.
         """
         self.served.draining = True
         self._server.should_exit = True
         deadline = time.monotonic() + self._settings.drain_s
-        while self._thread.is_alive() and not self._told_to_hurry.is_set():
+        while self._thread.is_alive() and not self._drain_canceled.is_set():
             if time.monotonic() > deadline:
                 break
-            self._thread.join(LOOK_S)
+            self._thread.join(POLL_S)
         if self._thread.is_alive():
             self.served.end()
-            self._thread.join(LAST_WORDS_S)
+            self._thread.join(ERROR_EVENT_S)
         while self._thread.is_alive():  # clients that do not read
             self.loop.call_soon_threadsafe(self._abort_connections)
-            self._thread.join(LOOK_S)
+            self._thread.join(POLL_S)
 
     def __enter__(self) -> HttpServer:
         self._thread.start()

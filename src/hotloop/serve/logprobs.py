@@ -95,7 +95,7 @@ class CompletionLogprobs:
         self._offset = 0
 
     def of_prompt(self, ids: Sequence[int], scored: Sequence[ScoredToken]) -> Lists | None:
-        """Returns the lists of a prompt's tokens; None if they are not wanted."""
+        """Returns the lists of a prompt's tokens; None if they were not requested."""
         if scored:
             return self._lists(scored)
         for token_id in ids:

@@ -1,4 +1,4 @@
-"""Converts messages of the API to the form that chat templates take.
+"""Converts messages of the API to the form that chat templates expect.
 
 Templates expect less variety than clients send: content is one text, a call's arguments are an
 object, an absent field is not null, and the only roles are system, user, assistant and tool. If a
@@ -29,7 +29,7 @@ def template_messages(
     tools: Sequence[Tool],
     as_text: bool,
 ) -> list[Message]:
-    """Returns a conversation in the form that a chat template takes.
+    """Returns a conversation in the form that a chat template expects.
 
     Args:
         messages: The messages of a request.
@@ -41,7 +41,9 @@ def template_messages(
         ApiError: A message is not valid, or has content that the model cannot read.
     """
     if not messages:
-        raise ApiError(400, "messages: there must be at least one.", param="messages")
+        raise ApiError(
+            400, "messages: the list is empty: give at least one message.", param="messages"
+        )
     read = [_message(f"messages[{i}]", message, parser) for i, message in enumerate(messages)]
     if not as_text:
         return read
@@ -93,7 +95,8 @@ def content_text(place: str, content: object) -> str:
                 texts.append(text)
             case {"type": str(kind)} if kind not in _TEXT_PARTS:
                 raise _refused(
-                    f"{place}[{i}]", f"of the type {shorten_value(kind)}: this model reads text."
+                    f"{place}[{i}]",
+                    f"has the type {shorten_value(kind)}, but this model reads only text.",
                 )
             case _:
                 raise _refused(
@@ -145,7 +148,7 @@ def _as_text(message: Message, parser: type[ToolParser]) -> Message:
     if not calls:
         return message
     functions = [call["function"] for call in calls]
-    written = parser.written([(f["name"], _as_json(f["arguments"])) for f in functions])
+    written = parser.format_calls([(f["name"], _as_json(f["arguments"])) for f in functions])
     content = "\n".join(filter(None, [message["content"], written]))
     return {k: v for k, v in message.items() if k != "tool_calls"} | {"content": content}
 
@@ -158,7 +161,7 @@ def _with_definitions(
     told = (
         f"These tools can be called:\n<tools>\n{definitions}\n</tools>\n"
         "To call a tool, answer with its name and its arguments in JSON, in this form:\n"
-        f"{parser.written([('NAME', '{…}')])}"
+        f"{parser.format_calls([('NAME', '{…}')])}"
     )
     first, *others = messages
     if first["role"] != "system":

@@ -53,13 +53,17 @@ class Metrics:
         self._registry, self._model = CollectorRegistry(), model
         ProcessCollector(registry=self._registry)
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._looked_up = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
-        self._cached = self._counter("prefix_cache_hits", "Prompt tokens that were cached.")
+        self._looked_up = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._cached = self._counter(
+            "prefix_cache_hits", "Prompt tokens found in the prefix cache."
+        )
         self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens drafted.")
         self._accepted = self._counter(
             "spec_decode_num_accepted_tokens", "Drafted tokens that were accepted."
         )
-        self.cancelled = self._counter("request_cancelled", "Requests whose client went away.")
+        self.cancelled = self._counter("request_cancelled", "Requests whose client disconnected.")
         self._finished = Counter(
             f"{PREFIX}request_success",
             "Answers that ended, by the reason.",
@@ -73,14 +77,20 @@ class Metrics:
             registry=self._registry,
         )
         self._ttft = self._histogram(
-            "time_to_first_token", "Submitted to first token.", TOKEN_BUCKETS
+            "time_to_first_token", "Seconds from submission to the first token.", TOKEN_BUCKETS
         )
-        self.pieces = Pieces(model)
-        self._registry.register(self.pieces)
-        self._e2e = self._histogram("e2e_request_latency", "Submitted to last token.")
-        self._queue = self._histogram("request_queue_time", "Submitted to prefill.")
-        self._prefill = self._histogram("request_prefill_time", "Prefill to first token.")
-        self._decode = self._histogram("request_decode_time", "First token to last token.")
+        self.deltas = DeltaMetrics(model)
+        self._registry.register(self.deltas)
+        self._e2e = self._histogram(
+            "e2e_request_latency", "Seconds from submission to the last token."
+        )
+        self._queue = self._histogram("request_queue_time", "Seconds from submission to prefill.")
+        self._prefill = self._histogram(
+            "request_prefill_time", "Seconds from prefill to the first token."
+        )
+        self._decode = self._histogram(
+            "request_decode_time", "Seconds from the first to the last token."
+        )
 
     def watch(self, service: Service) -> None:
         """Reports the state of an engine from now on."""
@@ -135,10 +145,10 @@ class Metrics:
         return made.labels(self._model)
 
 
-class Pieces(Collector):
-    """Counts pieces of answers.
+class DeltaMetrics(Collector):
+    """Counts the deltas of answers and their tokens.
 
-    Metrics of ``prometheus_client`` take several times as long, which each token would cost.
+    It is updated for each token, for which a metric of ``prometheus_client`` would be too slow.
 
     Args:
         model: See ``Metrics``.
@@ -149,11 +159,11 @@ class Pieces(Collector):
         self._n_tokens, self._n_gaps, self._sum_s = 0, [0] * (len(TOKEN_BUCKETS) + 1), 0.0
 
     def add(self, n_tokens: int, gap_s: float | None) -> None:
-        """Counts a piece.
+        """Counts a delta.
 
         Args:
             n_tokens: Its tokens.
-            gap_s: Seconds since the one before it; None is not counted.
+            gap_s: Seconds since the previous delta; None is not counted.
         """
         with self._lock:
             self._n_tokens += n_tokens
@@ -172,7 +182,9 @@ class Pieces(Collector):
         tokens.add_metric([self._model], n_tokens)
         yield tokens
         gaps = HistogramMetricFamily(
-            f"{PREFIX}inter_token_latency_seconds", "Between an answer's pieces.", labels=labels
+            f"{PREFIX}inter_token_latency_seconds",
+            "Seconds between deltas of an answer.",
+            labels=labels,
         )
         bounds = [*map(floatToGoString, TOKEN_BUCKETS), "+Inf"]
         counts = itertools.accumulate(n_gaps)
@@ -201,15 +213,15 @@ class Tally:
     def __init__(self, metrics: Metrics, prompt_tokens: int, n: int | None = None) -> None:
         self._metrics, self._n = metrics, n or 1
         self.prompt_tokens, self.completion_tokens, self.cached_tokens = prompt_tokens, 0, 0
-        self._last: dict[int, float] = {}  # when the last piece of each answer came
+        self._last: dict[int, float] = {}  # when the last delta of each answer arrived
         metrics.prompt(prompt_tokens)
 
     def add(self, delta: Delta) -> None:
-        """Counts a piece of an answer."""
+        """Counts a delta of an answer."""
         now, before = time.perf_counter(), self._last.get(delta.index)
         self._last[delta.index] = now
         n_tokens = len(delta.token_ids)
-        self._metrics.pieces.add(n_tokens, now - before if before and n_tokens else None)
+        self._metrics.deltas.add(n_tokens, now - before if before and n_tokens else None)
         self.completion_tokens += n_tokens
         if (generation := delta.generation) is not None:
             self._metrics.answer(generation)
@@ -229,13 +241,16 @@ class _State(Collector):
         n_rows = self._service.description.config.max_batch_size
         gauges = {
             "num_requests_running": ("Answers in prefill or decoding.", state.n_running),
-            "num_requests_waiting": ("Answers that wait for a place.", state.n_waiting),
+            "num_requests_waiting": ("Answers that wait for a row.", state.n_waiting),
             "kv_cache_usage_perc": ("Share of the cache's seats in use.", state.n_running / n_rows),
-            "stalled_seconds": ("Since the last iteration, if there is work.", state.stalled_s),
+            "stalled_seconds": (
+                "Seconds since the last iteration, if there is work.",
+                state.stalled_s,
+            ),
         }
         counters = {
             "steps": ("Decode steps.", state.n_steps),
-            "step_rows": ("Rows of these steps, all together.", state.n_step_rows),
+            "step_rows": ("Rows, summed over decode steps.", state.n_step_rows),
             "captures": ("Programs captured since the server was ready.", state.n_captured),
         }
         for kinds, made in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):

@@ -1,6 +1,6 @@
 """Parts of an answer, which a parser makes from a model's text, and ``chat`` converts to JSON.
 
-A ``Parser`` converts the text of the engine's pieces to parts of the API's messages: it separates
+A ``Parser`` converts the text of the engine's deltas to parts of the API's messages: it separates
 content, reasoning and tool calls. The text may be divided anywhere, and the parser withholds text
 whose kind is not certain yet.
 """
@@ -14,21 +14,21 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """More of the message's content."""
+    """The next text of the message's content."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of the model's reasoning."""
+    """The next text of the model's reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call of a tool begins: its place among the message's calls, its id, and its name."""
+    """The beginning of a tool call: its index among the message's calls, its id, and its name."""
 
     index: int
     id: str
@@ -37,7 +37,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of the arguments of a call, which are JSON in a string."""
+    """The next text of a call's arguments, which are JSON in a string."""
 
     index: int
     text: str

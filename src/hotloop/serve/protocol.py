@@ -1,7 +1,7 @@
 """``LimitedProtocol``: uvicorn's HTTP/1.1 over h11, with limits that uvicorn does not have.
 
-It limits the time of a client to send its headers and its body, and the number of connections, and
-drops a client that does not read its response. Refusals are answered in the form of the API.
+It limits the time in which a client must send its headers and its body, and the number of
+connections, and drops a client that does not read its response. Refusals have the form of the API.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DIRECT_BODY = "direct_body"
 
 
 class DirectBody:
-    """Writes parts of a chunked body to the socket, from any thread, past the event loop.
+    """Writes parts of a chunked body to the socket, from any thread, without the event loop.
 
-    It does so only where the event loop has nothing left to write to that connection. The caller
-    sees to it that both do not write at the same time.
+    It writes only if the event loop has nothing left to write to that connection. The caller must
+    ensure that the two do not write at the same time.
 
     Args:
         transport: The connection's; a response with a chunked body has begun.
@@ -63,7 +63,7 @@ class DirectBody:
             make: Makes the part, which may be empty; called only if it can be written now.
 
         Returns:
-            Whether that is done; else ``flush`` is to be called in the event loop, and then
+            Whether the part was written. If not, call ``flush`` in the event loop, and then
             ``make`` for what it has not made yet.
         """
         transport = self._transport
@@ -83,7 +83,7 @@ class DirectBody:
         return not self._rest
 
     def flush(self) -> None:
-        """Writes, in the event loop, what is left of the last part, unless the client has gone."""
+        """Writes the rest of the last part, in the event loop, unless the client disconnected."""
         rest, self._rest = self._rest, b""
         if rest and not self._transport.is_closing():
             self._transport.write(rest)
@@ -118,13 +118,15 @@ class LimitedProtocol(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyrefly: ignore
-        """Takes a connection, or refuses it if there are too many."""
+        """Accepts a connection, or refuses it if there are too many."""
         is_one_too_many = len(self.connections) >= self._settings.max_connections
         super().connection_made(transport)
         self._wait_for("headers")
         if is_one_too_many:
             limit = self._settings.max_connections
-            self._refuse(unavailable(f"{limit} connections are open, and no more may."))
+            self._refuse(
+                unavailable(f"the limit of {limit} open connections is reached: try again later.")
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends with the connection."""
@@ -204,7 +206,7 @@ class LimitedProtocol(H11Protocol):
         self.transport.abort()
 
     def direct_body(self) -> DirectBody | None:
-        """Returns what writes the body of the response that has begun, from any thread.
+        """Returns the direct writer for the body of the response that has begun.
 
         None if the body is not chunked, as with HTTP/1.0, or there are no more file descriptors.
         """

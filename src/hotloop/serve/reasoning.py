@@ -2,7 +2,7 @@
 
 Reasoning is at the beginning of an answer or absent: later markers are content. Some templates
 write the first marker themselves, so that the answer begins within the reasoning. Whitespace around
-the reasoning is dropped, as templates drop it when they put it back.
+the reasoning is dropped, as templates drop it when they insert the reasoning into a prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MARKERS = (Markers("<think>", "</think>"), Markers("[THINK]", "[/THINK]"))
 """The markers of Qwen, DeepSeek and others, and the markers of Mistral."""
 
 _TAIL_TOKENS = 64
-"""The number of tokens at the end of a prompt in which a template's marker is searched."""
+"""How many tokens at the end of a prompt are searched for a template's marker."""
 
 
 def reasoning_markers(tokenizer: Tokenizer) -> Markers | None:
@@ -44,7 +44,7 @@ def reasoning_markers(tokenizer: Tokenizer) -> Markers | None:
 def is_within_reasoning(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], markers: Markers, *, continued: str = ""
 ) -> bool:
-    """Tells whether the answer to a prompt begins within reasoning.
+    """Returns whether the answer to a prompt begins within reasoning.
 
     Args:
         tokenizer: The model's tokenizer.

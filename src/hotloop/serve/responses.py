@@ -34,43 +34,45 @@ Item = dict[str, Any]
 async def responses(request: Request) -> Response:
     """Answers items with items."""
     served: Served = request.app.state.served
-    asked = await read(request, ResponsesBody, served.settings)
-    served.check_name(asked.model)
-    _check_stateless(asked)
+    request_body = await read(request, ResponsesBody, served.settings)
+    served.check_name(request_body.model)
+    _check_stateless(request_body)
     model = served.model
-    params = asked.params(model.sampling, served.settings)
-    use = read_tool_use(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
+    params = request_body.params(model.sampling, served.settings)
+    use = read_tool_use(
+        request_body.tools, request_body.tool_choice, parallel=request_body.parallel_tool_calls
+    )
     conversation = Conversation(
-        messages=messages_of(asked.input, asked.instructions),
-        chat_template_kwargs=asked.chat_template_kwargs,
+        messages=messages_of(request_body.input, request_body.instructions),
+        chat_template_kwargs=request_body.chat_template_kwargs,
     )
     turn, ticket = await submit_turn(
-        request, model, lambda: model.chats.turn(conversation, use, params)
+        request, model, lambda: model.required_conversations.turn(conversation, use, params)
     )
-    about = _about(served, asked, use, turn.params)
-    shape = ResponsesShape(about, turn.parser(), model.tokenizer)
-    return await respond(served, ticket, shape, asked, request.receive)
+    about = _about(served, request_body, use, turn.params)
+    formatter = ResponsesFormatter(about, turn.parser(), model.tokenizer)
+    return await respond(served, ticket, formatter, request_body, request.receive)
 
 
-def _check_stateless(asked: ResponsesBody) -> None:
+def _check_stateless(request_body: ResponsesBody) -> None:
     """Refuses fields that need stored responses, or several answers.
 
     Raises:
-        ApiError: The field at fault.
+        ApiError: A field is not supported; ``param`` names it.
     """
     for name, fix in (
         ("previous_response_id", "send the items of earlier responses in input"),
         ("conversation", "send the items of earlier responses in input"),
         ("background", "leave it out"),
     ):
-        if getattr(asked, name):
+        if getattr(request_body, name):
             raise ApiError(400, f"{name}: this server stores no responses: {fix}.", param=name)
-    if asked.n not in (None, 1):
-        raise ApiError(400, f"n: a response has one answer, not {asked.n}.", param="n")
+    if request_body.n not in (None, 1):
+        raise ApiError(400, f"n: a response has one answer, not {request_body.n}.", param="n")
 
 
 def _about(
-    served: Served, asked: ResponsesBody, use: ToolUse, params: SamplingParams
+    served: Served, request_body: ResponsesBody, use: ToolUse, params: SamplingParams
 ) -> dict[str, Any]:
     """Returns the fields of a response that are known before its answer."""
     return {
@@ -78,17 +80,17 @@ def _about(
         "object": "response",
         "created_at": int(time.time()),
         "model": served.settings.name,
-        "instructions": asked.instructions,
-        "max_output_tokens": asked.max_output_tokens,
-        "metadata": asked.metadata,
-        "parallel_tool_calls": asked.parallel_tool_calls,
+        "instructions": request_body.instructions,
+        "max_output_tokens": request_body.max_output_tokens,
+        "metadata": request_body.metadata,
+        "parallel_tool_calls": request_body.parallel_tool_calls,
         "previous_response_id": None,
         "store": False,
         "temperature": params.temperature,
-        "text": {"format": asked.text.format},
-        "tool_choice": asked.tool_choice or "auto",
+        "text": {"format": request_body.text.format},
+        "tool_choice": request_body.tool_choice or "auto",
         "tools": [{"type": "function", **t.definition["function"]} for t in use.tools],
-        "top_logprobs": asked.top_logprobs,
+        "top_logprobs": request_body.top_logprobs,
         "top_p": params.top_p,
         "truncation": "disabled",
     }
@@ -113,7 +115,7 @@ def messages_of(
         ApiError: An item is not valid, or its kind is not supported.
     """
     if not items:
-        raise ApiError(400, "input: there must be a text, or an item.", param="input")
+        raise ApiError(400, "input: it is empty: give a text, or at least one item.", param="input")
     messages: list[Message] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
@@ -189,8 +191,8 @@ def _refused(place: str, problem: str) -> ApiError:
 # ---------------------------------------------------------------------------------------- output
 
 
-class ResponsesShape:
-    """The shape of a response.
+class ResponsesFormatter:
+    """Formats the answer as a response with items.
 
     Args:
         about: The fields that are known before the answer.
@@ -205,33 +207,33 @@ class ResponsesShape:
         self._n_events = 0
         self._items: list[Item] = []  # the last one can be open
         self._text: list[str] = []  # of the open item
-        self._delta = ""  # the fields of an event of more of its text
-        self._logprobs: list[TokenLogprob] = []  # of tokens whose text has not been told
+        self._delta = ""  # the common fields of the open item's delta events
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text has not been sent
         self._n_reasoning = 0  # tokens
         self._finish_reason: FinishReason | None = None
 
     # ------------------------------------------------------------------------------ streamed
 
     def first_events(self) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         response = {"response": self._response("in_progress")}
         return self._event("response.created", response) + self._event(
             "response.in_progress", response
         )
 
     def events(self, delta: Delta, usage: str) -> str:
-        """See ``Shape``."""
-        del usage  # comes at the end, always
+        """See ``Formatter``."""
+        del usage  # it is in the last event
         return "".join(self._take(delta))
 
     def last_events(self, usage: Mapping[str, Any], *, wanted: bool) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         del wanted
         status = self._status()
         return self._event(f"response.{status}", {"response": self._response(status, usage=usage)})
 
     def error_events(self, error: Exception) -> str:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         events = self._end_item("incomplete") if self._delta else []
         failed = {"response": self._response("failed", error=error)}
         return "".join([*events, self._event("response.failed", failed)])
@@ -239,7 +241,7 @@ class ResponsesShape:
     # ------------------------------------------------------------------------------ whole
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
-        """See ``Shape``."""
+        """See ``Formatter``."""
         for delta in deltas:
             self._take(delta)
         return self._response(self._status(), usage=usage)
@@ -247,7 +249,7 @@ class ResponsesShape:
     # ------------------------------------------------------------------------------ both
 
     def _take(self, delta: Delta) -> list[str]:
-        """Takes a piece of the answer; returns its events."""
+        """Takes a delta of the answer; returns its events."""
         self._logprobs += delta.logprobs or ()
         parts: list[Part] = list(self._parser.push(delta.text)) if delta.text else []
         if delta.generation is not None:
@@ -375,7 +377,7 @@ _DELTA_EVENTS = {
     "reasoning": "response.reasoning_text.delta",
     "function_call": "response.function_call_arguments.delta",
 }
-"""The events with more of an item's text."""
+"""The delta event of each type of item."""
 
 
 def _message() -> Item:

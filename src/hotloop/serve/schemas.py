@@ -54,7 +54,7 @@ class StreamOptions(Body):
 
 
 class Extension(Body):
-    """Fields of hotloop's own.
+    """Extensions of the API by hotloop.
 
     Attributes:
         details: Mark in a chat's stream which text was drafted.
@@ -128,7 +128,7 @@ class SamplingBody(Body):
         if len(given) > 1:
             raise ApiError(
                 400,
-                "structured_outputs: there can be one grammar, and the request has several.",
+                "structured_outputs: the request has several grammars: give one.",
                 param="structured_outputs",
             )
         return given[0] if given else None
@@ -268,7 +268,7 @@ class ResponsesBody(SamplingBody):
         if self.response_format is not None:
             raise ApiError(
                 400,
-                "response_format: the form of a response is text.format.",
+                "response_format: /v1/responses takes the answer format in text.format.",
                 param="response_format",
             )
         return format_grammar("text.format", self.text.format)

@@ -48,7 +48,7 @@ class Model:
     conversations: Conversations | None
 
     @property
-    def text(self) -> Tokenizer:
+    def required_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
         Raises:
@@ -59,7 +59,7 @@ class Model:
         return self.tokenizer
 
     @property
-    def chats(self) -> Conversations:
+    def required_conversations(self) -> Conversations:
         """The ``Conversations`` of the model.
 
         Raises:
@@ -114,7 +114,7 @@ class Served:
         """The model.
 
         Raises:
-            ApiError: It is being loaded, or the server ends.
+            ApiError: It is being loaded, or the server is stopping.
         """
         if self._model is None:
             raise unavailable("the model is being loaded: try again in a moment.")
@@ -166,4 +166,6 @@ class Served:
 
 
 def _no_tokenizer() -> ApiError:
-    return ApiError(400, "a model of random weights has no tokenizer: send a prompt of token ids.")
+    return ApiError(
+        400, "a model with random weights has no tokenizer: send the prompt as token ids."
+    )

@@ -17,7 +17,7 @@ class ServerSettings:
         host: The address to listen on.
         port: The port; 0 takes a free one.
         name: The model's name in the API.
-        keys: The API keys, one of which a request must have; empty serves every request.
+        keys: The API keys, of which a request must have one; if empty, no request needs a key.
         cors_origins: Origins whose pages may send requests; ``*`` allows all.
         allowed_hosts: Host names that are accepted besides the server's own. If empty, a server on
             a loopback address accepts names of the loopback, and others accept any.

@@ -74,9 +74,9 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
     for kind in asked:
         if kind not in _OF_VLLM:
             served = ", ".join(_OF_VLLM)
-            raise _refused(place, f"{shorten_value(kind)} is not served here, but {served}.")
+            raise _refused(place, f"{shorten_value(kind)} is not supported; these are: {served}.")
     if len(asked) > 1:
-        raise _refused(place, f"there can be one of {', '.join(asked)}.")
+        raise _refused(place, f"{', '.join(asked)} were given: give one.")
     for kind, value in asked.items():
         match kind, value:
             case "json_object", True:
@@ -93,7 +93,7 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
                 choices = " | ".join(map(quoted, value))
                 return Grammar(kind="lark", source=f"start: {choices}")
             case _:
-                raise _refused(place, f"{kind} cannot be {shorten_value(value)}.")
+                raise _refused(place, f"{kind} cannot have the value {shorten_value(value)}.")
     return None
 
 

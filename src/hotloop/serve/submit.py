@@ -32,8 +32,8 @@ async def submit(
         request: The request.
         model: The model.
         prompts: The prompts.
-        params: Sampling options. A grammar is compiled in another thread, since that takes long.
-        large: Check the prompts in another thread, too, since that takes long.
+        params: Sampling options. A grammar is compiled in another thread, since that is slow.
+        large: Check the prompts in another thread, too, since that is slow.
 
     Raises:
         HotloopError: See ``Service.submit``.

@@ -20,42 +20,46 @@ from hotloop.serve.tool_use import read_tool_use
 async def tokenize(request: Request) -> Response:
     """Encodes a text, or a conversation up to where the model's answer begins."""
     served: Served = request.app.state.served
-    asked = await read(request, TokenizeBody, served.settings)
-    served.check_name(asked.model)
+    request_body = await read(request, TokenizeBody, served.settings)
+    served.check_name(request_body.model)
     model = served.model
-    ids = await asyncio.to_thread(_encoded, asked, model)
+    ids = await asyncio.to_thread(_encoded, request_body, model)
     body = {"count": len(ids), "max_model_len": model.about.max_seq_len, "tokens": ids}
-    if asked.return_token_strs:
+    if request_body.return_token_strs:
         body |= {"token_strs": await asyncio.to_thread(_texts, ids, model)}
     return JSONResponse(body)
 
 
-def _encoded(asked: TokenizeBody, model: Model) -> list[int]:
-    if asked.messages is not None:
-        use = read_tool_use(asked.tools, None)
-        return list(model.chats.prompt(asked, use).token_ids)
-    if asked.prompt is None:
+def _encoded(request_body: TokenizeBody, model: Model) -> list[int]:
+    if request_body.messages is not None:
+        use = read_tool_use(request_body.tools, None)
+        return list(model.required_conversations.prompt(request_body, use).token_ids)
+    if request_body.prompt is None:
         raise ApiError(400, "give either prompt or messages.", param="prompt")
-    return model.text.encode(asked.prompt, add_special=asked.add_special_tokens)
+    return model.required_tokenizer.encode(
+        request_body.prompt, add_special=request_body.add_special_tokens
+    )
 
 
 def _texts(ids: list[int], model: Model) -> list[str]:
-    return [model.text.decode([i], skip_special=False) for i in ids]
+    return [model.required_tokenizer.decode([i], skip_special=False) for i in ids]
 
 
 async def detokenize(request: Request) -> Response:
     """Decodes token ids."""
     served: Served = request.app.state.served
-    asked = await read(request, DetokenizeBody, served.settings)
-    served.check_name(asked.model)
-    text = await asyncio.to_thread(served.model.text.decode, asked.tokens, skip_special=False)
+    request_body = await read(request, DetokenizeBody, served.settings)
+    served.check_name(request_body.model)
+    text = await asyncio.to_thread(
+        served.model.required_tokenizer.decode, request_body.tokens, skip_special=False
+    )
     return JSONResponse({"prompt": text})
 
 
 async def tokenizer_info(request: Request) -> Response:
     """Describes the tokenizer."""
     served: Served = request.app.state.served
-    tokenizer = served.model.text
+    tokenizer = served.model.required_tokenizer
     names = tokenizer.names
     return JSONResponse(
         {

@@ -21,7 +21,7 @@ class Tool:
 
     Attributes:
         name: Its name.
-        definition: Its definition, in the form that chat templates take.
+        definition: Its definition, in the form that chat templates expect.
         parameters: The JSON schema of its arguments.
     """
 
@@ -114,7 +114,7 @@ def _tool(index: int, given: Mapping[str, Any]) -> Tool:
     if kind != "function":
         raise _refused(
             place,
-            f"must be of the type function, the only one served here, not {shorten_value(kind)}.",
+            f"must have the type function, the only supported one, not {shorten_value(kind)}.",
         )
     if "function" in given:
         function, place = given["function"], f"{place}.function"

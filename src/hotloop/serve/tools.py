@@ -1,7 +1,7 @@
 """Parsers of tool calls in a model's text, for the formats that models use.
 
-The text may be divided anywhere, and a parser passes a call's arguments on while they arrive, as
-the model wrote them. Text that is not a call of its format remains content. Once a call's name and
+The text may be divided anywhere. A parser forwards a call's arguments while they arrive, as the
+model wrote them. Text that is not a call of its format remains content. Once a call's name and
 the beginning of its arguments have arrived, it is a call: if the arguments turn out not to be JSON,
 the client must handle that, as with OpenAI's API.
 
@@ -54,12 +54,12 @@ class ToolParser:
     closing: ClassVar[str] = ""
     """The text that ends a call, if the format has one."""
     control_tokens: ClassVar[tuple[str, ...]] = ()
-    """Spellings of possible control tokens, which the answer's text must include."""
+    """Spellings of the format's control tokens, which the answer's text must keep."""
 
     def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
         self._names, self._parallel = names, parallel
         self._parts: list[Part] = []
-        self._held = ""  # text with which the current state needs more text
+        self._held = ""  # text that the current state cannot interpret yet
         self._space = ""  # whitespace that is dropped before a call
         self._raw = ""  # text of a call that has not been announced
         self._n_calls = 0
@@ -97,13 +97,13 @@ class ToolParser:
         return self._parts
 
     @classmethod
-    def is_of(cls, tokenizer: Tokenizer) -> bool:
-        """Whether a model's template or vocabulary shows that it uses the format."""
+    def is_used_by(cls, tokenizer: Tokenizer) -> bool:
+        """Returns whether a model's template or vocabulary shows that it uses the format."""
         return cls.marker in tokenizer.backend.added_ids or cls.marker in _template(tokenizer)
 
     @classmethod
-    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
-        """Writes calls, each a name and arguments in JSON, in this format."""
+    def format_calls(cls, calls: Sequence[tuple[str, str]]) -> str:
+        """Formats calls, each a name and arguments in JSON, as the model writes them."""
         raise NotImplementedError
 
     @classmethod
@@ -170,7 +170,7 @@ class ToolParser:
         self._state = self._in_object
 
     def _accepts(self, name: str) -> bool:
-        """Whether a call's name is accepted. Unknown names are: the client can tell the model."""
+        """Returns whether a name is accepted; an unknown one is, so that the client can reply."""
         del name
         return True
 
@@ -222,7 +222,7 @@ class HermesParser(ToolParser):
     control_tokens = (marker, closing)
 
     @classmethod
-    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
+    def format_calls(cls, calls: Sequence[tuple[str, str]]) -> str:
         """See ``ToolParser``."""
         objects = [_written(name, "arguments", arguments) for name, arguments in calls]
         return "\n".join(f"{cls.marker}\n{one}\n{cls.closing}" for one in objects)
@@ -252,7 +252,7 @@ class Llama3Parser(ToolParser):
         self._state = self._at_beginning
 
     @classmethod
-    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
+    def format_calls(cls, calls: Sequence[tuple[str, str]]) -> str:
         """See ``ToolParser``."""
         return "; ".join(_written(name, "parameters", arguments) for name, arguments in calls)
 
@@ -294,14 +294,14 @@ class MistralParser(ToolParser):
         self._in_list = False
 
     @classmethod
-    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
+    def format_calls(cls, calls: Sequence[tuple[str, str]]) -> str:
         """See ``ToolParser``."""
         objects = [_written(name, "arguments", arguments) for name, arguments in calls]
         return f"{cls.marker} [{', '.join(objects)}]"
 
     @classmethod
     def template_id(cls, call_id: str) -> str:
-        """See ``ToolParser``; other ids than nine letters and digits are refused."""
+        """See ``ToolParser``; templates refuse ids other than nine letters and digits."""
         if re.fullmatch("[0-9A-Za-z]{9}", call_id):
             return call_id
         return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
@@ -380,9 +380,9 @@ def tool_parser(name: str, tokenizer: Tokenizer) -> type[ToolParser]:
     check_name(name)
     if name in PARSERS:
         return PARSERS[name]
-    if not takes_tools(tokenizer):
+    if not template_supports_tools(tokenizer):
         return HermesParser
-    return next((one for one in PARSERS.values() if one.is_of(tokenizer)), HermesParser)
+    return next((one for one in PARSERS.values() if one.is_used_by(tokenizer)), HermesParser)
 
 
 def check_name(name: str) -> None:
@@ -395,13 +395,16 @@ def check_name(name: str) -> None:
         raise UnknownNameError("tool parser", name, ("auto", *PARSERS))
 
 
-def takes_tools(tokenizer: Tokenizer) -> bool:
-    """Whether a model's chat template writes definitions of tools."""
+def template_supports_tools(tokenizer: Tokenizer) -> bool:
+    """Returns whether a model's chat template writes definitions of tools."""
     return re.search(r"\btools\b", _template(tokenizer)) is not None
 
 
-def takes_several_calls(tokenizer: Tokenizer) -> bool:
-    """Whether a model's chat template supports answers with several calls; Llama 3.1's do not."""
+def template_supports_several_calls(tokenizer: Tokenizer) -> bool:
+    """Returns whether a model's chat template supports several calls per answer.
+
+    Those of Llama 3.1 do not.
+    """
     return "single tool-call" not in _template(tokenizer)
 
 

@@ -1,4 +1,4 @@
-// An answer while it is generated: the request, its chunks, and what they tell of speed and drafts.
+// An answer while it is generated: the request, its chunks, and its speed and drafts.
 //
 // An answer is a message with
 //   reasoning  text that the model thought before its answer
@@ -7,7 +7,7 @@
 //              or "edited" (by the user), "lost" (the connection), "failed" (an error)
 //   error      what went wrong, for the user
 //   seed       of its sampling
-//   request    its options, as JSON, to tell whether two answers were asked for alike
+//   request    its options, as JSON, to tell whether two answers had the same request
 //   stats      {ttft_s, decode_tok_s, prompt_tokens, cached_tokens, context} of its last request,
 //              {tokens, accepted, thought_s} of all of it, and whether it is the {same} as before
 
@@ -167,7 +167,7 @@ function explain(error, received) {
   const kept = received ? " What had arrived is kept." : "";
   if (error instanceof Unreachable) return "The server cannot be reached. Is it running?";
   if (!(error instanceof ApiError)) return `The connection was lost in mid-answer.${kept}`;
-  if (error.status === 401) return "The server asks for an API key.";
+  if (error.status === 401) return "The server needs an API key.";
   if (error.status === 429) {
     const when = error.retryAfterS ? ` in ${error.retryAfterS} s` : " in a moment";
     return `The server is busy: too many requests wait. Try again${when}.`;

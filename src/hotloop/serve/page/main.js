@@ -462,7 +462,7 @@ function start() {
 
 async function loadChats() {
   const id = location.hash.match(/^#chat=(\w+)/)?.[1];
-  if (!(await store.open())) toast("This browser stores nothing here: chats last until you close the tab.");
+  if (!(await store.open())) toast("This browser does not store chats here: they last until you close the tab.");
   chats = await store.all();
   openChat(find(id) ?? chat);
 }

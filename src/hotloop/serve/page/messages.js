@@ -100,7 +100,7 @@ export class MessageView {
     this.text = element("div", { class: "prose" });
     this.waiting = element("div", { class: "waiting" }, element("span", { class: "hidden" }, "Waiting"));
     this.notice = element("div", { class: "notice" });
-    this.stats = element("ul", { class: "stats", "aria-label": "Of this answer" });
+    this.stats = element("ul", { class: "stats", "aria-label": "Statistics of this answer" });
     this.continue = iconButton("continue", "Continue the answer", () => actions.continue());
     this.copy = copyButton("Copy the answer", () => this.message.content);
     this.buttons = element(
@@ -176,7 +176,7 @@ function describe({ stats, state, seed }, useSeed) {
   const items = [];
   const add = (title, ...children) => items.push(element("li", { title }, ...children));
   if (stats.decode_tok_s) {
-    add("Decoding speed: tokens a second, after the first", "decode ", strong(decimals(stats.decode_tok_s)), " tok/s");
+    add("Decoding speed: tokens per second, after the first token", "decode ", strong(decimals(stats.decode_tok_s)), " tok/s");
   }
   if (stats.ttft_s !== undefined) {
     add("Time to first token, from sending to its arrival here", "TTFT ", strong(seconds(stats.ttft_s)));
@@ -201,8 +201,8 @@ function describe({ stats, state, seed }, useSeed) {
     const use = element("button", { type: "button", class: "link", click: useSeed }, `seed ${seed}`);
     add("Keep this seed: the same prompt and options then give the same answer", use);
   }
-  if (stats.same === 1) add("As the answer before it, to the letter", element("span", { class: "same" }, "same answer"));
-  if (stats.same === 0) add("The answer before it had another text", "another answer");
+  if (stats.same === 1) add("Identical to the previous answer", element("span", { class: "same" }, "same answer"));
+  if (stats.same === 0) add("The previous answer had a different text", "different answer");
   return items;
 }
 

@@ -56,7 +56,7 @@ export class Server {
   askForKey() {
     const dialog = byId("key-dialog");
     if (dialog.open) return;
-    byId("key-problem").textContent = this.#api.key ? "It does not accept the key that you gave." : "";
+    byId("key-problem").textContent = this.#api.key ? "The server did not accept this key." : "";
     byId("key").value = "";
     dialog.showModal();
   }
