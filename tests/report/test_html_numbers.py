@@ -26,7 +26,7 @@ from hotloop.bench.record import Figure, GreedyFigures, Record, StepCost
 from hotloop.bench.statistics import mean_figure
 from hotloop.report import page, table
 from hotloop.report.fields import value_of
-from hotloop.report.glossary import names_explained
+from hotloop.report.glossary import explain_names
 from hotloop.report.html import to_html
 
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?")
@@ -428,7 +428,7 @@ SHARES = (
 
 
 def of_sentences(root: Element) -> Iterator[Statement]:
-    explained = dict(names_explained(ALL))
+    explained = dict(explain_names(ALL))
     for name in ("p", "li", "figcaption", "dd", "dt", "h1", "summary"):
         for element in elements(root, name):
             text = text_of(element)
