@@ -4,6 +4,7 @@
 """
 
 import configparser
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import httpx2
 
-from hotloop.cli import help_pages
-from hotloop.engine.service import MAX_BEHIND
+from hotloop.cli import help_pages, serve
+from hotloop.engine.service import MAX_UNREAD_BYTES
 from hotloop.serve.served import STALLED_S
 from hotloop.serve.settings import KIB, MIB, ServerSettings
 from hotloop.types import MAX_GRAMMAR_BYTES
@@ -69,7 +70,7 @@ def test_the_limits_are_those_of_the_settings():
         f"| stop strings | {settings.max_stops} |",
         f"cancelled after {settings.send_s:g} s",
         f"every {settings.ping_s:g} s",
-        f"or when it is {MAX_BEHIND // MIB} MiB behind",
+        f"or when it is {MAX_UNREAD_BYTES // MIB} MiB behind",
         f"| a schema or grammar | {MAX_GRAMMAR_BYTES // KIB} KiB",
         f"beyond {STALLED_S:g} s `/health` answers 503",
     ):
@@ -94,9 +95,12 @@ def test_commands_of_the_examples_have_options_that_exist():
     service = unit["Service"]
     container = (ROOT / "deploy" / "Containerfile").read_text()
     (entry,) = re.findall(r"^ENTRYPOINT (.*)$", container, re.MULTILINE)
-    for command in (service["ExecStart"], entry, *re.findall("hotloop serve.*", PAGE.read_text())):
+    for command in re.findall("hotloop serve.*", PAGE.read_text()):
         assert set(re.findall(r"--[\w-]+", command)) <= known
     words = shlex.split(service["ExecStart"].replace("\\\n", " "))
+    for command in (words, [*json.loads(entry), "model"]):
+        assert command[1] == "serve"
+        serve.app.parse_args(command[2:], exit_on_error=False, print_error=False)  # or it raises
     drain_s = float(words[words.index("--drain-s") + 1])
     assert service["KillMode"] == "mixed"
     assert float(service["TimeoutStopSec"]) > drain_s
