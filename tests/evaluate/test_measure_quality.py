@@ -228,5 +228,13 @@ def test_long_windows_have_the_same_figures_by_depth(
     assert np.average(nll, weights=sizes) == pytest.approx(math.log(quality.perplexity.mean))
 
 
+def test_depths_are_1024_8192_and_32768_positions(bigram, logits):
+    for size, parts in ((1024, []), (1100, [(1, 1024), (1024, 1100)])):
+        windows = torch.randint(V, (2, size), generator=torch.Generator().manual_seed(0)).tolist()
+        found = measure_quality(bigram(logits), windows).by_depth
+        assert [(d.start, d.end) for d in found] == parts
+    assert quality_module.DEPTHS[1:] == (8192, 32768)
+
+
 def test_short_windows_have_no_figures_by_depth(bigram, windows, logits):
     assert measure_quality(bigram(logits), windows).by_depth == ()

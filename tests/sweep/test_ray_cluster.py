@@ -14,7 +14,9 @@ from sweep_fakes import End
 from waiting import HANG_S, wait_until
 
 from hotloop.baselines import ENGINES
+from hotloop.bench.record import Record
 from hotloop.errors import HotloopError, UnsupportedError
+from hotloop.sweep.cell import base_record
 from hotloop.sweep.events import CellSkipped, CellStarted, Notice
 from hotloop.sweep.job import Job
 from hotloop.sweep.ray_cluster import RayCluster, task_resources
@@ -145,3 +147,80 @@ def test_a_cell_of_more_gpus_than_any_node_has_is_a_row_and_nothing_waits_for_it
     assert [type(event) for event in events] == [CellStarted]
     assert record.status == "unsupported"
     assert record.reason == "needs 4 GPUs on one node, and the largest node has 2"
+
+
+class PlayedRay:
+    """A cluster of one node on which a task ends as ``ends`` says: an error's name, or ``ok``."""
+
+    class RayError(Exception):
+        """The base of Ray's errors."""
+
+    def __init__(self, *ends: str) -> None:
+        self.ends, self.started, self.cancelled = list(ends), [], []
+        kinds = ("NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError")
+        kinds += ("OutOfMemoryError", "RayTaskError")
+        errors = {kind: type(kind, (self.RayError,), {}) for kind in kinds}
+        self.exceptions = SimpleNamespace(RayError=self.RayError, **errors)
+
+    def init(self, **_):
+        pass
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 4}}]
+
+    def remote(self, _function):
+        def start(job_json, _timeout_s):
+            self.started.append(Job.model_validate_json(job_json))
+            return len(self.started) - 1
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+
+    def wait(self, tasks, num_returns):
+        return tasks[:num_returns], tasks[num_returns:]
+
+    def get(self, task):
+        if (end := self.ends[task]) != "ok":
+            raise getattr(self.exceptions, end)("the reason")
+        record = Record(**base_record(self.started[task]), status="ok")
+        return record.model_dump_json()
+
+    def cancel(self, task, force):
+        self.cancelled.append((task, force))
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "attempt"),
+    [
+        (("ok",), "ok", 1),
+        (("NodeDiedError", "WorkerCrashedError", "ok"), "ok", 3),
+        (("NodeDiedError", "LocalRayletDiedError", "NodeDiedError"), "failed", 3),
+        (("RayTaskError",), "failed", 1),
+    ],
+)
+def test_a_lost_node_is_another_attempt_up_to_three_and_any_other_error_is_the_cells_end(
+    monkeypatch, ends, status, attempt
+):
+    ray = PlayedRay(*ends)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    kept, events = [], []
+    options = {"timeout_s": HANG_S, "on_event": events.append, "keep": kept.append}
+    (record,) = RayCluster("auto").measure([job()], **options)
+    assert kept == [record]
+    assert (record.status, record.attempt) == (status, attempt)
+    assert [started.attempt for started in ray.started] == list(range(1, attempt + 1))
+    assert len([e for e in events if isinstance(e, Notice)]) == attempt - 1
+    if status == "failed":
+        assert f"its Ray task ended with {ends[-1]}: the reason" in record.reason
+
+
+def test_a_sweep_that_is_stopped_takes_its_tasks_with_it(monkeypatch):
+    ray = PlayedRay("ok", "ok")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+    def stop(_record):
+        raise KeyboardInterrupt
+
+    options = {"timeout_s": HANG_S, "on_event": lambda _: None, "keep": stop}
+    with pytest.raises(KeyboardInterrupt):
+        RayCluster("auto").measure([job(), job(seed=1)], **options)
+    assert ray.cancelled == [(1, True)]
