@@ -144,6 +144,7 @@ def _greedy(record: Record) -> str | None:
         return None
     return (
         f"{record.cell}: when its greedy answers are scored, {percent(greedy.agreement.mean, 1)} "
-        "of their tokens are the most likely ones; the log-probability of each other token is at "
-        f"most {significant(greedy.gap_max, 2)} nats lower. Rounding alone causes such near-ties."
+        "of their tokens are the most likely ones. The log-probability of the others is at most "
+        f"{significant(greedy.gap_max, 2)} nats lower than that of the most likely token. Rounding "
+        "alone can cause such near-ties."
     )
