@@ -1,6 +1,6 @@
-# hotloop: the whole set-up. `make demo` and `make test` are all a fresh machine needs.
+# Setup, demo, tests and benchmarks of hotloop. On a new machine, run `make demo` or `make test`.
 #
-# PYTHON, TORCH and TEST_WORKERS can be given: make demo TORCH=torch  (the newest torch)
+# PYTHON, TORCH and TEST_WORKERS can be set: make demo TORCH=torch  (the newest torch)
 # Whether torch is a build for CPUs or for CUDA depends on pip's index: see README.md, Installing.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 RESULTS ?= results/demo
-# Whose figures "make bench-gpu" and "make bench-serving" make: a folder of benchmarks/results, and a place in docs/gpu-tables.md and docs/performance.md.
+# The GPU that "make bench-gpu" and "make bench-serving" measure. It names a folder of benchmarks/results and tables of docs/gpu-tables.md and docs/performance.md.
 GPU ?= h100
 # Processes that run tests, each one file at a time; they share the cores. A crash ends the run.
 TEST_WORKERS ?= 2
@@ -50,7 +50,7 @@ bench-serving: $(VENV)/installed
 help-pages: $(VENV)/installed
 	$(BIN)/python -m hotloop.cli.help_pages
 
-# torch first and by itself, so that the build asked for is the one that is installed.
+# torch is installed first and alone, so that the requested build is the one that is installed.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"

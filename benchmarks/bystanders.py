@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class Bystanders:
-    """Starts watching."""
+    """The processor time of other processes since this object was made."""
 
     MOST = 0.1
     """The most processors that others may use, on average, in a valid timing."""
@@ -22,7 +22,7 @@ class Bystanders:
         self._began, self._busy_s = time.perf_counter(), _busy_s()
 
     def disturb(self, own_s: float) -> bool:
-        """Tells whether others took too much; ``own_s`` seconds of processor time are ours."""
+        """Returns whether others used too much; ``own_s`` is our own processor time in seconds."""
         others_s = _busy_s() - self._busy_s - own_s
         return others_s > self.MOST * (time.perf_counter() - self._began)
 

@@ -1,9 +1,9 @@
-"""Measures what a search of int4 scales gives, by the activations that weight its errors.
+"""Compares calibrations of int4 scales, which differ in the weights of their squared errors.
 
-Every matrix of a model's layers is quantized and dequantized in float32, the head is left alone,
+Every matrix of a model's layers is quantized and dequantized in float32, the head is not quantized,
 and the model's predictions are compared with its own: mean KL divergence and how often the most
 likely token is the same. Weights of the squared errors are ones, mean squares of activations on
-random tokens as ``-cal`` takes them, or on text. The text that is predicted is the default one of
+random tokens as ``-cal`` takes them, or on text. The text that is scored is the default one of
 ``hotloop eval``; text to calibrate with is CPython's ``argparse``, or a file. Deterministic.
 With ``--by-matrix`` the scales of one matrix of each layer are calibrated, or of all but one.
 
@@ -64,7 +64,7 @@ class Trial:
         return weight
 
     def predict(self, ids: list[int]) -> Tensor:
-        """Log-probabilities [T, V]."""
+        """Returns log-probabilities [T, V]."""
         n = len(ids)
         hidden = self.decoder(
             torch.tensor([ids]),
@@ -77,7 +77,7 @@ class Trial:
         return self.decoder.logits(hidden)[0].log_softmax(dim=-1)
 
     def activations(self, model: str, ids_BT: Tensor | None) -> Mapping[str, Tensor]:
-        """Mean squares of activations, by the name of a matrix."""
+        """Returns the mean squares of activations, by the name of a matrix."""
         with closing(open_checkpoint(resolve_model(model))) as checkpoint:
             return importance(checkpoint, self.config, CPU, ids_BT)
 
@@ -87,7 +87,7 @@ class Trial:
         return {part: squares[part] for each in parts for part in each}
 
     def measure(self, group_size: int, squares: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Quantizes all matrices, with plain scales where there are no activations; compares."""
+        """Quantizes all matrices, plainly if there are no activations, and compares predictions."""
         began_s, scheme = time.process_time(), Int4(group_size=group_size, calibrated=True)
         for key, (part, *_) in self.parts.items():
             quantized = scheme.quantize(self.weights[key], importance=squares.get(part))

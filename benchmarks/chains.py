@@ -1,9 +1,9 @@
 """Records chains of drafts on real text: each draft's own probability, and how many are accepted.
 
-From the records it computes what ending chains early gives, for costs d of a draft and v(k) of a
-verification of k drafts, in plain steps (``docs/speculation.md``): the speed with the best fixed k,
-and that of chains of up to ``--draft-tokens`` that end below a probability. Neither depends on the
-load of the machine. Texts are those of ``speculation.py``.
+From the records it computes the effect of ending chains early. The costs of a draft, d, and of a
+verification of k drafts, v(k), are given in plain steps (``docs/speculation.md``). It prints the
+speed with the best fixed k, and with chains of up to ``--draft-tokens`` that end below a
+probability. Neither depends on the load of the machine. Texts are those of ``speculation.py``.
 
     python benchmarks/chains.py --draft self-int4-g64 --out benchmarks/results/NAME.json
 """
@@ -63,13 +63,13 @@ class Recorder:
 
 
 def fixed(chains: Sequence[Chain], k: int, d: float, per_draft: float) -> float:
-    """The speed of steps with k drafts, relative to plain ones."""
+    """Returns the speed of steps with k drafts, relative to plain steps."""
     tokens = sum(1 + min(accepted, k) for _, accepted in chains)
     return tokens / (len(chains) * (k * d + 1 + k * per_draft))
 
 
 def early(chains: Sequence[Chain], threshold: float, d: float, per_draft: float) -> float:
-    """The speed of steps whose chains end below a probability."""
+    """Returns the speed of steps whose chains end below a probability."""
     tokens = cost = 0.0
     for probabilities, accepted in chains:
         survival, k = 1.0, 1

@@ -9,8 +9,8 @@ the processor's cache at this size.
 
 The rest of a step is its small operations, the compiled wrapper and the sampler.
 
-Besides medians there is the sum of each product's least time, which other work on the machine
-hardly affects, so that two versions can be compared while there is some.
+It reports medians, and the sum of the minimum time of each matrix product. Other work on the
+machine hardly affects minima, so they can be compared between versions on a busy machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPES = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (5
 HEAD = (49152, 576)
 SCHEMES = ("none", "int8", "fp8", "int4-g64", "int4-g32-asym")
 BLOCKS = (gguf.Q4_0, gguf.Q4_1, gguf.Q8_0, gguf.MXFP4, gguf.IQ4_NL, gguf.Q4_K, gguf.Q6_K)
-"""Types of GGUF; blocks of 256 are not those of 576 features, which are Q8_0 instead."""
+"""GGUF types. Blocks of 256 do not divide 576 features; such matrices are Q8_0 instead."""
 
 ROWS = (1, 2, 3, 5, 9)
 
@@ -70,7 +70,7 @@ def main() -> None:
         models |= {blocks.type: products(blocks, blocks) for blocks in BLOCKS}
         move_to_huge_pages(t for model in models.values() for _, _, weight in model for t in weight)
         times: dict[tuple[str, int], list[list[float]]] = {}
-        for _ in range(args.passes):  # schemes and rows in turn: slow minutes hit all alike
+        for _ in range(args.passes):  # schemes and rows alternate, so that slow phases affect all
             for scheme, model in models.items():
                 for rows in ROWS:
                     times.setdefault((scheme, rows), []).append(one_pass(model, rows))

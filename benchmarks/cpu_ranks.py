@@ -1,8 +1,8 @@
 """Compares all-reduce backends of several ranks on one CPU, which decode in alternation.
 
 Every engine is loaded once and waits; in a round each decodes the same tokens. So slow phases of
-the machine affect all alike. With each round goes the machine's load, the number of threads that
-run or wait for a processor, as Linux averages it over a minute.
+the machine affect all alike. The load of the machine is recorded with each round: the number of
+threads that run or wait for a processor, averaged by Linux over a minute.
 
     python benchmarks/cpu_ranks.py --out benchmarks/results/cpu-ranks-2-core-x86_64.json
 

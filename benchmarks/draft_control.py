@@ -45,8 +45,8 @@ class Costs:
 
     Attributes:
         plain_s: Time of a plain step.
-        draft: Of a draft, for each drafter, in plain steps.
-        verify: Of a verification of k drafts, in plain steps.
+        draft: The cost of a draft in plain steps, for each drafter.
+        verify: The cost of verifying k drafts, in plain steps.
         noise: The standard deviation of the logarithm of a step's time.
         cold: Times of the first step of its kind, relative to the others.
         n_steps: Plain steps of a program; half as many are one with drafts.
@@ -104,7 +104,7 @@ COSTS = {
 
 
 def stationary(p: float) -> Text:
-    """A text in which drafts are right with probability ``p``, and the drafter knows of which."""
+    """Makes a text whose drafts are right with probability ``p``, and the drafter knows which."""
     return lambda random, n: [_draft(random, p) for _ in range(n)]
 
 
@@ -114,7 +114,7 @@ def _draft(random: Random, p: float) -> tuple[bool, float]:
 
 
 def switching(high: float, low: float, length: int) -> Text:
-    """A text of stretches of about ``length`` tokens, by turns good and bad."""
+    """Makes a text of alternately good and bad stretches of about ``length`` tokens."""
 
     def made(random: Random, n: int) -> Drafts:
         drafts: list[tuple[bool, float]] = []
@@ -129,7 +129,7 @@ def switching(high: float, low: float, length: int) -> Text:
 
 
 def recorded(chains: Sequence[tuple[list[float], int]]) -> Text:
-    """A text of which ``chains.py`` recorded the acceptance, from any token on, repeated."""
+    """Makes a text that repeats the acceptance that ``chains.py`` recorded, from any token on."""
     drafts: list[tuple[bool, float]] = []
     for probabilities, accepted in chains:
         drafts += [(True, p) for p in probabilities[:accepted]]
@@ -143,12 +143,12 @@ def recorded(chains: Sequence[tuple[list[float], int]]) -> Text:
 
 
 class Request:
-    """A request, of which a controller knows only that it is one."""
+    """A request without content, of which a controller needs only the identity."""
 
 
 @dataclass
 class Engine:
-    """Steps of a pretended device."""
+    """A simulated engine, whose steps take given times."""
 
     controller: Any
     costs: Costs

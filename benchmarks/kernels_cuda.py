@@ -185,7 +185,7 @@ class Section:
         self.write()
 
     def bandwidth(self) -> float:
-        """Bytes per second of a plain read, measured here and now."""
+        """Measures the bytes per second of a plain read, once per section."""
         if "read_bytes_per_s" not in self.facts:
             self.facts["read_bytes_per_s"] = hardware.measure_read_bandwidth(CUDA)
             print(f"plain read: {self.facts['read_bytes_per_s'] / 1e9:.0f} GB/s", flush=True)
@@ -541,7 +541,7 @@ class DecodeStep:
 
     @property
     def nbytes(self) -> int:
-        """Weights that a step reads, with their scales."""
+        """The bytes of weights that a step reads, with their scales."""
         layer = sum(self.plan_bytes(role) for role in self.plans if role != "head")
         return self.n_layers * layer + (self.plan_bytes("head") if "ends" in self.parts else 0)
 
@@ -619,7 +619,7 @@ def calls_of(
 
 
 def workspace(*plans: AttentionPlan | GemmPlan) -> dict[str, Tensor]:
-    """Allocates enough for any of the plans."""
+    """Allocates workspace that is large enough for any of the plans."""
     counters = max(plan.n_counters for plan in plans)
     return {
         "partial": torch.empty(max(plan.n_partial for plan in plans), device=CUDA),
@@ -731,7 +731,7 @@ def capture(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def graph_seconds(graph: torch.cuda.CUDAGraph, *, min_seconds: float = 0.03) -> float:
-    """Seconds of a replay: the median of five measurements."""
+    """Returns the seconds of a replay: the median of five measurements."""
 
     def timed(n: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -1067,7 +1067,7 @@ def attention_section(section: Section) -> None:
 def attention_seconds(
     section: Section, m: dict[str, int], batch: int, context: int, tuning: AttentionTuning
 ) -> tuple[float, int]:
-    """Seconds and bytes of cache of one launch, among as many caches as do not fit the caches."""
+    """Returns seconds and bytes of one launch, over more KV caches than the GPU's caches hold."""
     H, J, E, C = m["n_heads"], m["n_kv_heads"], m["head_dim"], context + 16
     plan = AttentionPlan(
         batch=batch, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, tuning=tuning,

@@ -8,7 +8,7 @@ bfloat16; on a GPU it includes graphs and workspace, and is only reported. A che
 weights is written to a temporary folder for each case: an unquantized one for each of hotloop's
 schemes, which quantizes it as it loads, and one in each encoding of
 ``tests/weights/every_encoding.py``, which is kept as it is stored. All layers are copies of one.
-The vocabulary is tiny, so that nothing can hide behind an embedding. Each case is loaded in a
+The vocabulary is tiny, so that the embedding does not dominate the peak. Each case is loaded in a
 process of its own, from files that were just written: GB/s are of decoding and packing, with reads
 from the page cache. On a CPU it is loaded in two: one is timed, and the peak is that of the other,
 in which ``malloc`` returns what is freed, as in ``tests/weights/loading_peaks.py``. It keeps some

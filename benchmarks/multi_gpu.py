@@ -83,13 +83,13 @@ class Plan:
     """The plan of measurements.
 
     Attributes:
-        recipes: Whose schemes, degrees and drafts to take.
-        executions: The most interesting first, like all of these.
+        recipes: The recipes whose schemes, tensor-parallel degrees and drafts are measured.
+        executions: Execution modes, the most interesting first, as in all lists here.
         sizes: Numbers of ranks that there are devices for, 1 included.
-        all_reduces: What to ask several ranks to add up on.
+        all_reduces: The all-reduce backends of several ranks.
         device: As in ``EngineConfig``.
         rounds: See ``rank_steps.Job``.
-        steps: Likewise.
+        steps: See ``rank_steps.Job``.
         cell_s: Seconds that a cell may take, loading and compiling included.
     """
 
@@ -110,7 +110,7 @@ class Item:
     Attributes:
         key: Its name.
         limit_s: Its time limit.
-        run: Runs it, within so many seconds.
+        run: Runs it, within the given number of seconds.
     """
 
     key: str

@@ -1,12 +1,13 @@
-"""Compares decode speed with a patch and without it, and tells whether the tokens are equal.
+"""Compares decode speed with and without a patch, and whether the tokens are equal.
 
     python benchmarks/patched.py PATCH --out FOLDER --cells llama-2-13b/int4-g128 --rows 1 8
 
-A patch is made of the whole repository by ``git diff``; of it ``src/`` and ``tests/`` are applied,
-to a copy. First ``--check`` runs some of the copy's tests. Then each cell is loaded in a process of
-its own from the repository and from the copy, in turn on the same device: without, with, without,
-with. Random weights, greedy, 200 new tokens after 5. The result is written after every process as
-JSON. ``--rehearse`` runs everything with a tiny model on a CPU.
+A patch is the output of ``git diff``. Its changes to ``src/`` and ``tests/`` are applied to a copy
+of the repository. First ``--check`` runs some of the copy's tests. Then each cell is loaded from
+the repository and from the copy, each time in a process of its own, and in turn on the same device:
+without, with, without, with. Weights are random; decoding is greedy, 200 new tokens after 5. The
+result is written after every process as JSON. ``--rehearse`` runs everything with a tiny model on a
+CPU.
 """
 
 from __future__ import annotations

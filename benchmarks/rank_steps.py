@@ -84,7 +84,7 @@ class WithoutSums(Group):
         return x
 
     def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:
-        """Gives each rank its own inbox alone: the same kernels, without waits."""
+        """Returns only the rank's own inbox, so that the same kernels run without waits."""
         found = self._group.inboxes(nbytes, use)
         if found is None or use == "argmax":
             return found
@@ -156,9 +156,9 @@ def summary(spans: Sequence[Span], n_steps: int) -> dict[str, Any]:
 
 
 def by_themselves(spans: Iterable[Span]) -> list[Span]:
-    """Spans in order; of ours that add up, what comes after all that began before them has ended.
+    """Returns the spans in order; a span of our all-reduce kernels begins when earlier ones ended.
 
-    They begin early, and wait for the product whose results they send.
+    These kernels start early, and wait for the matrix product whose results they send.
     """
     result, reached = [], float("-inf")
     for name, begin, end in sorted(spans, key=lambda span: span[1]):

@@ -5,7 +5,7 @@
 Parts, each with a time limit; an engine runs all of them:
 
     equal  32 requests at once get the tokens that each gets alone; fails if one does not
-    load   time to the first token (TTFT), time between pieces (ITL), and tok/s, of 1 to 32
+    load   time to the first token (TTFT), time between events (ITL), and tok/s, of 1 to 32
            clients, with prompts of 512 token ids and 256 new tokens. A client pauses before each
            request, for a random time of an exponential distribution: arrivals are those of a
            Poisson process whose rate is in proportion to the clients that are not waiting
@@ -78,7 +78,7 @@ class Job:
     Attributes:
         model: A shape for random weights, else a model.
         engine: Options of ``LLM``.
-        parts: Of those above.
+        parts: The parts to run.
         clients: Numbers of clients at the same time.
         prompt_tokens: Tokens of a prompt.
         new_tokens: New tokens of a request.

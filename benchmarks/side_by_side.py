@@ -163,8 +163,8 @@ def measure(
     """Measures decode tok/s by worker and round; returns also the number of repeated rounds.
 
     Args:
-        workers: Take turns.
-        rounds: How many count; one before them warms up.
+        workers: The engines, which take turns.
+        rounds: The number of rounds that count; one warm-up round comes before them.
         undisturbed: Whether only rounds count in which other processes did nothing.
     """
     samples: dict[str, list[float]] = {name: [] for name in workers}

@@ -69,12 +69,12 @@ class Job:
 
     Attributes:
         kind: ``sequences`` or ``prompts``.
-        shape: Of the model, or a folder with one.
-        scheme: Of its weights.
+        shape: The shape of the model, or a folder with one.
+        scheme: The scheme of its weights.
         gpus: Ranks.
         sizes: Numbers of sequences, or of prompt tokens.
         device: As in ``EngineConfig``.
-        execution: Likewise.
+        execution: As in ``EngineConfig``.
         new_tokens: New tokens of each sequence.
         repeats: Measurements of each size, after one that warms up.
     """

@@ -51,7 +51,7 @@ RANDOM = "random"
 
 
 def prompt(llm: LLM, text: str) -> tuple[list[int], SamplingParams]:
-    """Token ids and sampling options; story and chat are sampled: greedy text would loop."""
+    """Returns token ids and options; story and chat are sampled, since greedy text loops."""
     greedy = SamplingParams(temperature=0.0)
     if text == RANDOM:
         return [100 + i % 1000 for i in range(128)], greedy

@@ -269,7 +269,7 @@ def role(name: str) -> str:
 
 
 def places(step: Sequence[Span], n_layers: int) -> list[str]:
-    """Names the place of each kernel: matrix products come four a layer, and then the head."""
+    """Names the place of each kernel: a layer has four matrix products, and the head comes last."""
     names, n_products = [], 0
     for span in step:
         what = role(span.name)

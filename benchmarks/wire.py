@@ -27,7 +27,7 @@ END = b"\r\n0\r\n\r\n"
 
 
 class WireError(Exception):
-    """An answer is an error, ends too early, or is none of a streamed completion."""
+    """An answer is an error, ends too early, or is not a streamed completion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +54,19 @@ class Streamed:
 
     @property
     def ttft_s(self) -> float:
-        """Seconds from sending to the first piece."""
+        """Seconds from sending to the first event."""
         return self.pieces[0].at_s - self.sent_s
 
     @property
     def gaps_s(self) -> tuple[float, ...]:
-        """Seconds between one piece and the next."""
+        """Seconds between consecutive events."""
         return tuple(b.at_s - a.at_s for a, b in itertools.pairwise(self.pieces))
 
     @property
     def tpot_s(self) -> float:
-        """Seconds per token after the first piece.
+        """Seconds per token after the first event.
 
-        Of several tokens in the first piece all but the last count as arrived with it.
+        All tokens of the first event count as arrived with it.
         """
         after = len(self.token_ids) - self.pieces[0].n_tokens
         return (self.pieces[-1].at_s - self.pieces[0].at_s) / after
