@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept_builds import digest, kept_folder
+from cached_builds import digest, kept_folder
 from torch import Tensor
 
 from hotloop.kernels import cpu

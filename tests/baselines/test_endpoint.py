@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from played_server import Habits, serve
+from fake_server import Habits, serve
 from tiny_models import write_random
 
 from hotloop.baselines import completions
@@ -150,7 +150,7 @@ def test_one_of_several_models_is_chosen_behind_the_url():
         ("http://me:secret@host/v1", "password"),
     ],
 )
-def test_a_url_that_is_none_of_a_server_is_refused(url, said):
+def test_an_invalid_server_url_is_refused(url, said):
     with pytest.raises(ConfigError, match=said) as refused:
         CompletionsClient(url)
     assert "secret" not in str(refused.value)

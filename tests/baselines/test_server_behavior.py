@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from played_server import Habits, serve
+from fake_server import Habits, serve
 
 from hotloop.baselines.completions import Completion, CompletionsClient
 from hotloop.baselines.server_behavior import ServerBehavior, loop_share, measure_server

@@ -189,7 +189,7 @@ def test_what_drafting_did_is_that_of_all_requests_of_all_repeats_but_the_warm_u
     assert seen.off_share == 12 / 30
 
 
-def test_repeats_whose_texts_drafts_suit_unequally_say_so():
+def test_instability_by_varying_acceptance_is_explained():
     drafting = [Speculation(n_steps=steps, n_tokens=12) for steps in (6, 6, 12, 6, 4, 12)]
     calls = [WARM_UP, *([timing(t)] for t in (0.1, 0.2, 0.1, 0.07, 0.2))]
     engine = FakeEngine(calls, drafting=drafting)
@@ -239,7 +239,7 @@ def test_repeats_that_disagree_say_why_and_keep_their_figures():
     assert speed.tpot_s.samples == pytest.approx(tpots)
 
 
-def test_an_engine_that_stops_early_is_not_timed():
+def test_an_engine_that_generates_too_few_tokens_is_not_timed():
     engine = FakeEngine([WARM_UP, [timing(0.1, n=7)]])
     with pytest.raises(HotloopError, match=r"\[7\] tokens instead of \[11\]"):
         measure(engine, Workload(prompt_tokens=5, new_tokens=11))

@@ -130,7 +130,7 @@ def test_errors_for_users_are_one_line_and_say_by_their_code_whose_turn_it_is(
 
 
 @pytest.mark.parametrize("kind", ["device", "empty", "pipe", "folder"])
-def test_what_is_no_model_ends_with_2(kind, tmp_path, capsys):
+def test_an_invalid_model_ends_with_exit_code_2(kind, tmp_path, capsys):
     path = Path("/dev/null") if kind == "device" else tmp_path / "x.gguf"
     if kind == "pipe":
         os.mkfifo(path)

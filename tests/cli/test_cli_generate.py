@@ -250,7 +250,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(fake_llm, tmp_path
     assert fake_llm.made[-1].asked[0].prompt == f"OWN|{file}"
 
 
-def test_notes_of_the_engine_are_printed_and_kernels_passed_over_once_for_each_reason(
+def test_engine_notes_are_printed_with_unused_kernels_once_for_each_reason(
     fake_llm, capsys, monkeypatch
 ):
     reason = "no C++ compiler found, so decoding is several times slower (install g++, or set CXX)"

@@ -341,7 +341,7 @@ def test_a_recipe_of_random_weights_can_be_run_with_a_checkpoint_or_another_shap
         (["r.yml", "--weights-seed", "3"], "--weights-seed cannot be given with a recipe"),
     ],
 )
-def test_what_cannot_be_replaced_is_refused(argv, says, sweeps, tmp_path, monkeypatch, capsys):
+def test_an_invalid_replacement_is_refused(argv, says, sweeps, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("r.yml").write_text("model: m\n")
     assert main(["sweep", *argv]) == 2
@@ -427,7 +427,7 @@ def test_dry_run_prints_cells_and_predicted_memory_and_runs_nothing(sweeps, monk
 
 
 @pytest.mark.usefixtures("sweeps")
-def test_dry_run_of_what_cannot_run_at_all_says_so_and_exits_1(monkeypatch, capsys):
+def test_a_dry_run_in_which_no_cell_can_run_says_so_and_exits_1(monkeypatch, capsys):
     config = EngineConfig(model="m")
     cells = [
         plan.PlannedCell(cell="a", config=config, fits=False),

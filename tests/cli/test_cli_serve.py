@@ -52,7 +52,7 @@ def test_the_configuration_of_results_is_served_as_it_was_measured(tmp_path):
         (["nowhere", "--port", "0"], "nowhere"),
     ],
 )
-def test_what_cannot_be_served_is_refused(words, said, capsys):
+def test_an_unsupported_request_is_refused(words, said, capsys):
     assert main(["serve", *words]) == 2
     assert said in capsys.readouterr().err
 

@@ -113,7 +113,7 @@ def test_a_model_cannot_move_the_cursor(screen):
     assert screen.lines() == [r"a\x1b[2Jb", r"c\x9bd\u202ee"]
 
 
-def test_what_is_no_terminal_gets_the_text_as_it_is_and_a_last_newline():
+def test_outside_a_terminal_the_text_is_unchanged_and_ends_with_a_newline():
     out = io.StringIO()
     writer = writer_for(out)
     assert isinstance(writer, PlainWriter)

@@ -103,7 +103,7 @@ class Writes(LetterEngine):
 WINDOWS = [list(map(ord, TEXT[i * 20 : i * 20 + 20])) for i in range(6)]
 
 
-def test_what_is_generated_is_what_scoring_holds_most_likely():
+def test_generated_tokens_are_the_most_likely_tokens_by_scoring():
     engine = Writes()
     engine.log_probs_VV = torch.randn(
         128, 128, generator=torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ def engine(bigram):
     return bigram(3 * torch.randn(V, V, generator=torch.Generator().manual_seed(1)))
 
 
-def test_what_is_read_is_what_the_engine_said(tmp_path, engine, windows, key_of):
+def test_answers_are_read_as_the_engine_gave_them(tmp_path, engine, windows, key_of):
     path, key = tmp_path / "ref.safetensors", key_of(windows, V)
     write_reference(engine, windows, path, key)
     reference = Reference(path, key)
@@ -95,7 +95,7 @@ def _through_file(tmp_path, key_of, log_p_TV, log_q_TV):
         ({"vocab_size": 301}, "whose vocab_size is 300, not 301"),
     ],
 )
-def test_the_reference_of_something_else_is_refused_with_the_difference(
+def test_a_reference_with_another_key_is_refused_with_the_difference(
     tmp_path, engine, windows, key_of, change, difference
 ):
     path = tmp_path / "ref"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cached_builds import kept_folder
 from cuda_cases import KINDS, OURS, PLAIN_ROWS
-from kept_builds import kept_folder
 
 from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda import prompt, step

@@ -287,7 +287,7 @@ def of_texts(
         )
 
 
-def plane_title(one: Record) -> Callable[[str], bool]:
+def speed_quality_title(one: Record) -> Callable[[str], bool]:
     speed, loss = one.decode_tok_s, one.delta_ln_ppl
     width = [half(loss)] if half(loss) else []
     return lambda text: reads(text, speed.mean, half(speed), loss.mean, *width)
@@ -310,7 +310,7 @@ def gain_title(one: Record) -> Callable[[str], bool]:
 
 
 TITLES = {
-    "speed-quality": plane_title,
+    "speed-quality": speed_quality_title,
     "scaling": scaling_title,
     "step-time": step_title,
     "speculation": gain_title,

@@ -45,7 +45,7 @@ def test_a_verdict_has_columns_with_what_a_pass_would_take():
     assert "is the share of 200 items of arc" in text
 
 
-def test_a_pass_that_does_not_survive_the_choice_is_told():
+def test_a_pass_that_is_not_significant_after_holms_correction_has_a_note():
     weak = verdict(7, 6, 2500)
     assert weak.outcome == "pass"
     alone = make_table([record(verdict=weak)])

@@ -1,4 +1,4 @@
-"""A model that gives written answers: the last character of the prompt chooses which."""
+"""A model with fixed answers, of which the last character of the prompt chooses one."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -68,7 +68,7 @@ def test_an_answer_without_a_limit_may_fill_the_context(client):
         ({"messages": [LONG]}, 400, "context_length_exceeded", "320 tokens"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_served_is_an_error_in_the_shape_of_the_api(
+def test_an_unsupported_request_is_answered_in_the_form_of_the_api(
     client, body, status, code, word
 ):
     response = chat(client, **body)

@@ -297,7 +297,7 @@ def test_a_stop_string_over_several_tokens_is_never_sent_in_part(client):
         ),
     ],
 )
-def test_what_cannot_be_served_is_refused(client, body, status, param):
+def test_an_unsupported_request_is_refused(client, body, status, param):
     response = chat(client, "A", **body)
     assert response.status_code == status
     assert response.json()["error"]["param"] == param

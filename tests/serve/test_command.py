@@ -224,6 +224,6 @@ def test_origins_are_taken_as_browsers_send_them():
 
 
 @pytest.mark.parametrize("origin", ["localhost:3000", "http://a/page", "http://", ""])
-def test_what_is_no_origin_is_refused(origin):
+def test_an_invalid_origin_is_refused(origin):
     with pytest.raises(ConfigError, match="--cors-origin must be"):
         settings(cors_origin=(origin,))

@@ -138,7 +138,7 @@ def test_a_prompt_of_one_token_has_an_echo(client):
         ({"stop": ["x"] * 17}, "16"),
     ],
 )
-def test_what_cannot_be_served_is_refused(client, body, word):
+def test_an_unsupported_request_is_refused(client, body, word):
     response = complete(client, **body)
     assert response.status_code == 400
     assert word in response.json()["error"]["message"]

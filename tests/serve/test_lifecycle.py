@@ -248,7 +248,7 @@ def test_a_server_that_cannot_start_says_why(monkeypatch):
         (START + b"X: " + b"x" * 20_000, 431),
     ],
 )
-def test_what_is_no_request_is_answered_in_the_shape_of_the_api(llm, sent, status):
+def test_an_invalid_http_request_is_answered_in_the_form_of_the_api(llm, sent, status):
     with serving(llm) as server:
         head, _, body = raw(server, sent).partition(b"\r\n\r\n")
         assert head.startswith(f"HTTP/1.1 {status} ".encode())

@@ -109,7 +109,7 @@ def test_ids_of_a_call_and_its_result_are_those_that_mistrals_templates_take() -
         ),
     ],
 )
-def test_messages_that_are_none_are_refused(message: dict, place: str, problem: str) -> None:
+def test_invalid_messages_are_refused(message: dict, place: str, problem: str) -> None:
     with pytest.raises(ApiError) as caught:
         messages(message)
     assert (caught.value.status, caught.value.param) == (400, place)

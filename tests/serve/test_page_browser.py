@@ -233,7 +233,7 @@ def test_a_deleted_message_comes_back_by_undo(open_page: Open) -> None:
     expect(answers(page)).to_contain_text("Hello there.")
 
 
-def test_what_is_copied_is_the_source_of_the_answer(
+def test_the_copy_button_copies_the_markdown_source_of_the_answer(
     open_page: Open, server: ScriptedServer
 ) -> None:
     source = "Some **bold** text\n\n```python\nprint(1)\n```"

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from dividing import divided
+from text_divisions import divided
 from tiny_models import write_random
 
 from hotloop.serve.parts import CallArguments, CallStart, Content, PlainText, Reasoning

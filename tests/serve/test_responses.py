@@ -181,7 +181,7 @@ def test_items_of_earlier_responses_are_taken_as_they_were_given(client):
         ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format"),
     ],
 )
-def test_what_is_not_served_is_refused_by_its_field(client, options, param):
+def test_an_unsupported_field_is_refused_by_name(client, options, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**asked(**options))
     assert caught.value.param == param

@@ -205,7 +205,7 @@ NO_REQUESTS = [
 ]
 
 
-def test_what_is_no_request_is_refused_and_its_connection_ends(llm, caplog):
+def test_an_invalid_http_request_is_refused_and_its_connection_ends(llm, caplog):
     with serving(llm) as server:
         for bytes_, status in NO_REQUESTS:
             with connected(server.url) as connection:

@@ -117,7 +117,9 @@ def test_a_text_is_any_text(client):
     ],
     ids=str,
 )
-def test_what_cannot_be_enforced_is_refused_and_the_next_answer_comes(client, route, asked, word):
+def test_an_unsupported_format_is_refused_and_the_next_request_is_answered(
+    client, route, asked, word
+):
     response = ask(client, route, **asked)
     assert response.status_code == 400, response.text
     assert word in response.json()["error"]["message"]

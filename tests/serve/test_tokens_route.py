@@ -31,7 +31,7 @@ def test_the_tokenizer_is_described(client):
     assert "add_generation_prompt" in info["chat_template"]
 
 
-def test_what_cannot_be_tokenized_is_refused(client):
+def test_an_invalid_request_to_tokenize_is_refused(client):
     for path, body in (("/tokenize", {}), ("/detokenize", {"tokens": [10**6]})):
         response = client.post(path, json=body)
         assert response.status_code == 400

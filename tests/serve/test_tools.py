@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from dividing import divided
+from text_divisions import divided
 
 from hotloop.serve.json_scan import JsonScanner
 from hotloop.serve.parts import CallArguments, CallStart, Content, Parser

@@ -306,7 +306,7 @@ def test_a_part_is_every_nth_cell_and_all_parts_are_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "0/2", "3/2", "1", "1/0", "-1/2", "1/2/3", "a/b", "1.5/2"])
-def test_what_is_not_a_part_is_refused(text):
+def test_an_invalid_part_is_refused(text):
     with pytest.raises(ConfigError, match=r"--cells .* give i/n"):
         Part.parse(text)
 

@@ -455,7 +455,7 @@ def test_conversation_without_a_last_text_cannot_be_continued(
         ([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}], {}, "nonchar"),
     ],
 )
-def test_messages_that_are_none_are_refused(
+def test_invalid_messages_are_refused(
     messages: list, variables: dict, problem: str, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))

@@ -1,4 +1,4 @@
-"""Folders in the cache for what tests build, so that the next run need not build it again."""
+"""Caches what tests build, so that the next run need not build it again."""
 
 import hashlib
 import os

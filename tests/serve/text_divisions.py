@@ -1,11 +1,11 @@
-"""Divisions of a text into pieces."""
+"""Divides a text into parts, to test incremental parsers."""
 
 import random
 from collections.abc import Iterator
 
 
 def divided(text: str) -> Iterator[list[str]]:
-    """All divisions in two, all in three of a short text, in characters, and some others."""
+    """Yields divisions of a text into its characters, two parts, three parts and random parts."""
     yield list(text)
     rng = random.Random(0)
     for i in range(len(text) + 1):

@@ -1,4 +1,4 @@
-"""A server of completions that plays the habits of several servers, in this process."""
+"""A fake completions server, in this process, that imitates the behavior of several servers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class Habits:
 
     Attributes:
         models: The models that it lists.
-        role_first: It sends a piece without text first.
-        pings: It sends comments and named events between pieces, and ends lines with CR LF.
-        per_piece: Tokens in a piece.
-        usage: It says how many tokens it made.
-        sends_ids: It sends token ids if asked for them.
+        role_first: It sends an event without text first.
+        pings: It sends comments and named events between events, and ends lines with CR LF.
+        per_piece: Tokens in an event.
+        usage: It reports the number of generated tokens.
+        sends_ids: It sends token ids if they are requested.
         refuses: Fields that it answers with status 400.
         takes_ids: It takes token ids as a prompt.
-        busy: Requests that it turns away with status 429 first.
-        retry_after: What it says then.
+        busy: The number of requests that it first refuses with status 429.
+        retry_after: The value of its ``Retry-After`` header.
         fails_with: Status of every answer.
         error_within: It ends a stream with an error.
         stalls: It sends one token and nothing more.
-        ends_early: It makes so many tokens at most.
-        pause_s: Seconds before each piece.
-        cold_s: Seconds before the first piece of a prompt that it has not seen.
-        words: The words that it says, again and again.
+        ends_early: The most tokens that it generates.
+        pause_s: Seconds before each event.
+        cold_s: Seconds before the first event of the answer to a new prompt.
+        words: The words that it repeats.
         raw: Bytes that it sends instead of an answer.
-        has_logprobs: It gives log-probabilities of prompts.
+        has_logprobs: It returns log-probabilities of prompts.
     """
 
     models: tuple[str, ...] = ("m",)
