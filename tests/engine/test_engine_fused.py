@@ -768,6 +768,21 @@ def test_ranks_agree_with_one_to_the_top_two(quant, by, engine, monkeypatch):
     assert two.describe().kernels["all_reduce"] == f"all_reduce/{used}"
 
 
+# GPUs try each with two ranks and more.
+@pytest.mark.parametrize("draft", ["self-int4-g32", "self"])
+def test_drafts_of_ranks_change_neither_tokens_nor_their_probabilities(draft, engine, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.llm.RankGroup", ThreadRunner)
+    monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: EmulatedDevice())
+    quant = "int8-g32" if draft == "self" else "int8"
+    options = {"quant": quant, "tensor_parallel": 2, "max_batch_size": 2}
+    plain = engine(**options)
+    drafted = engine(draft=draft, draft_policy="always", draft_tokens=2, **options)
+    for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
+        found = drafted.generate(list(PROMPTS), FREELY, **sampling)
+        assert [(g.token_ids, g.logprobs) for g in found] == answers(plain, **sampling)
+        assert all(any(g.speculation.proposed) for g in found)
+
+
 class NodesOnHost:
     """IF nodes of a graph, by the host: the body of one that is skipped changes nothing."""
 

@@ -147,7 +147,7 @@ def test_nothing_is_captured_in_service_whichever_seats_attention_slices(
             assert service.state().n_captured == 0
 
 
-@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "self-int4-g32", "itself"])
 @pytest.mark.usefixtures("_captures")
 def test_several_steps_with_drafts_are_one_program(folder, draft, monkeypatch):
     monkeypatch.setattr("hotloop.engine.llm.n_multi_steps", lambda _: 4)

@@ -26,7 +26,8 @@ import torch
 from stored_models import Encode, write_stored
 from test_awq_gptq import AWQ, GPTQ, awq, gptq
 from test_compressed_tensors import FORMATS, compressed, description, scheme_of
-from test_fp8_bitsandbytes import BNB, FP8, blocks, nf4
+from test_fp8_bitsandbytes import BNB, FP8, PER_TENSOR, blocks, nf4, one_scale
+from test_gguf_as_stored import KINDS
 from whole_models import load, write_folder, write_gguf_model
 
 from hotloop.memory_meter import MemoryMeter
@@ -69,15 +70,13 @@ ENCODINGS = {
     "hotloop int8": hotloop("int8"),
     "awq": stored(awq(32), AWQ),
     "gptq": stored(gptq(32), GPTQ),
+    "gptq of 8 bits": stored(gptq(32, bits=8), GPTQ | {"bits": 8}),
     "gptq, act-order": stored(gptq(32, act_order=True), GPTQ | {"desc_act": True}),
-    "pack-quantized": library("int4 in groups"),
-    "int-quantized": library("int8 as it is"),
-    "fp8 in blocks": stored(blocks(), FP8),
+    **{name: library(name) for name in FORMATS},
+    "block fp8": stored(blocks(), FP8),
+    "per-tensor fp8": stored(one_scale((), "weight_scale"), PER_TENSOR),
     "nf4": stored(nf4(nested=True), BNB),
-    "Q4_0": gguf("Q4_0"),
-    "Q8_0": gguf("Q8_0"),
-    "Q4_K": gguf("Q4_K"),
-    "Q6_K": gguf("Q6_K"),
+    **{kind: gguf(kind) for kind in KINDS},
     "plain, with a draft": lambda folder: write_folder(folder / "m", **SIZES),
 }
 
