@@ -1,6 +1,8 @@
 """Checkpoints of fp8, bitsandbytes and AutoRound are read as they are stored."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,12 +251,31 @@ ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type":
 ROUND |= {"sym": False, "autoround_version": "0.9.0", "iters": 200, "block_name_to_quantize": None}
 
 
-@pytest.mark.parametrize("packing", ["auto_gptq", "gptq", "gptqmodel", "auto_awq"])
+PACKINGS: dict[str, Callable[..., Encode]] = {
+    "auto_round:auto_gptq": gptq,
+    "auto_round:gptq": gptq,
+    "auto_round:gptqmodel": partial(gptq, version=2),
+    "auto_round": partial(gptq, version=2),
+    "auto_round:exllamav2": partial(gptq, version=2),
+    "auto_round:auto_awq": awq,
+}
+"""What stores each: the writer subtracts 1 from zero points in AutoGPTQ's packing alone."""
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_auto_round_is_read_in_the_packing_that_it_names(packing, symmetric, tmp_path):
-    method = awq if packing.endswith("awq") else gptq
-    said = ROUND | {"packing_format": f"auto_round:{packing}", "sym": symmetric}
-    assert_same_model(*write_stored(tmp_path, method(32, symmetric=symmetric), said))
+    said = ROUND | {"packing_format": packing, "sym": symmetric}
+    assert_same_model(*write_stored(tmp_path, PACKINGS[packing](32, symmetric=symmetric), said))
+
+
+@pytest.mark.parametrize(
+    ("backend", "version"),
+    [("auto_round:exllamav2", 2), ("auto_round:gptq:exllamav2", 1), ("auto", 1), (None, 1)],
+)
+def test_old_descriptions_of_auto_round_name_the_packing_as_backend(backend, version, tmp_path):
+    said = ROUND | {"quant_method": "intel/auto-round", "backend": backend}
+    assert_same_model(*write_stored(tmp_path, gptq(32, version=version), said))
 
 
 def test_auto_round_is_read_in_the_packing_of_llm_compressor(tmp_path):
@@ -295,6 +316,6 @@ def test_settings_of_auto_round_may_be_under_a_pattern_of_names(tmp_path):
 
 
 def test_a_packing_of_auto_round_that_is_not_read_is_refused(tmp_path):
-    said = ROUND | {"packing_format": "auto_round:exllamav2"}
+    said = ROUND | {"packing_format": "auto_round:fp8_static"}
     message = refusal(write_stored(tmp_path, gptq(32), said)[0])
-    assert "auto-round auto_round:exllamav2, which is not supported" in message
+    assert "auto-round auto_round:fp8_static, which is not supported" in message

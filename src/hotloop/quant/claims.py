@@ -290,6 +290,18 @@ class _AutoRoundOverride(StrictModel):
 
 _PLAIN_NAME = re.compile(r"[\w.-]*")
 
+_PACKINGS: Mapping[str, tuple[tuple[str, ...], int | None]] = {
+    "auto_gptq": (("gptq",), 1),
+    "gptq": (("gptq",), 1),
+    "gptqmodel": (("gptq",), 2),
+    "auto_round": (("gptq",), 2),
+    "auto_awq": (("awq",), None),
+    "awq": (("awq",), None),
+    "llm_compressor": (("pack-quantized", "int-quantized"), None),
+}
+"""AutoRound's packings: the encodings, and the version of GPTQ's zero points. ``auto_round``,
+which is its own, and GPTQModel's store zero points as they are."""
+
 
 class _AutoRound(_MadeByAutoRound):
     """AutoRound's description of matrices that are packed like those of another tool."""
@@ -297,19 +309,11 @@ class _AutoRound(_MadeByAutoRound):
     bits: Bits
     group_size: GroupSize | None = None
     sym: bool | None = None
-    packing_format: str = "auto_round:auto_gptq"
+    packing_format: str | None = None
     extra_config: dict[str, _AutoRoundOverride] = Field(default_factory=dict)
 
     def claim(self, name: str) -> Claim:
-        packing = self.packing_format.lower().removeprefix("auto_round:")
-        encodings = {
-            "auto_gptq": ("gptq",),
-            "gptq": ("gptq",),
-            "gptqmodel": ("gptq",),
-            "auto_awq": ("awq",),
-            "awq": ("awq",),
-            "llm_compressor": ("pack-quantized", "int-quantized"),
-        }
+        encodings, version = _PACKINGS.get(self._packing.rpartition("auto_round:")[2], ((), None))
         own = self._own(name)
         bits = own.bits or self.bits
         quantized = _unless_named(name, [])
@@ -317,13 +321,21 @@ class _AutoRound(_MadeByAutoRound):
             quantized = own.bits < 16
         return Claim(
             quantized=quantized,
-            encodings=encodings.get(packing, ()) if self.data_type == "int" else (),
+            encodings=encodings if self.data_type == "int" else (),
             bits=bits if bits < 16 else None,
             group_size=own.group_size or self.group_size,
             symmetric=self.sym if own.sym is None else own.sym,
-            version=1 if encodings.get(packing) == ("gptq",) else None,
-            label=f"auto-round {self.packing_format}",
+            version=version,
+            label=f"auto-round {self._packing}",
         )
+
+    @property
+    def _packing(self) -> str:
+        """The packing, without a kernel for it; old files name it in ``backend``."""
+        said, backend = self.packing_format, self.backend
+        if said is None and isinstance(backend, str) and backend.lower().startswith("auto_round"):
+            said = backend
+        return re.sub(":(exllamav2|triton)$", "", (said or "auto_round:auto_gptq").lower())
 
     def _own(self, name: str) -> _AutoRoundOverride:
         """Returns the settings under a matrix's name, or else under a pattern that matches it."""
