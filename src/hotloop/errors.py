@@ -95,7 +95,8 @@ class SlowClientError(HotloopError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(
-            f"the client is more than {limit} bytes behind its answer, which was cancelled."
+            f"the client left more than {limit} bytes of its answer unread, so the answer was "
+            "cancelled."
         )
 
 

@@ -295,15 +295,15 @@ def _problem(
 ) -> str:
     """Describes the errors of one place, or the unknown keys of one object."""
     if len(alike) > 1 and alike[0]["type"] == "extra_forbidden":
-        keys = ", ".join(_place(error["loc"], prefix, name) for error in alike[:_MOST_KEYS])
-        rest = f" and {len(alike) - _MOST_KEYS} more" if len(alike) > _MOST_KEYS else ""
+        keys = ", ".join(_place(error["loc"], prefix, name) for error in alike[:_MAX_KEYS])
+        rest = f" and {len(alike) - _MAX_KEYS} more" if len(alike) > _MAX_KEYS else ""
         choices = _fields_at(model, alike[0]["loc"][:-1])
         return f"{keys}{rest}: there are no such keys.{_choices(choices)}"
     loc, problem = alike[0]["loc"], _words(alike[0], model)
     return f"{_place(loc, prefix, name)}: {problem}" if loc else problem
 
 
-_MOST_KEYS = 5
+_MAX_KEYS = 5
 
 
 def _place(loc: Place, prefix: str, name: Callable[[Place], str] | None) -> str:

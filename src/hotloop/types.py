@@ -850,8 +850,8 @@ class MemoryPlan:
     """Predicted bytes by purpose, and free bytes; for several ranks, of the largest rank.
 
     Attributes:
-        weights_bytes: Resident weights, exactly, with those of a drafter.
-        cache_bytes: The KV cache, exactly.
+        weights_bytes: Exact bytes of the resident weights, a drafter's included.
+        cache_bytes: Exact bytes of the KV cache.
         workspace_bytes: An upper estimate of the further bytes of a forward pass: the activations
             of a prefill chunk, its logits when it is scored, and the largest dequantized matrix.
         device: The device that holds the model.

@@ -262,7 +262,7 @@ class DraftController:
     a line over that number, with the slope e. The controller evaluates the line at the present
     length of chains, whatever their length was when that k was last chosen.
 
-    To measure a choice that is not the best costs time. An exploration budget allows such trials:
+    Measuring a choice that is not the best costs time. An exploration budget allows such trials:
     of the next best k if plain steps are best, and of the other drafters, by turns, if one drafter
     is best. Trials lose at most ``EXPLORATION_SHARE`` of all time. In text that keeps changing, the
     expectations can be wrong too. So the controller sums the time that drafts have gained and lost
@@ -305,7 +305,7 @@ class DraftController:
     """
 
     PRIOR_WEIGHT = 12.0
-    """Weight of all requests' acceptance rate beside a request's own samples."""
+    """The number of a request's own samples that all requests' acceptance rate counts for."""
 
     PRIOR_CONTINUATION = 0.8
     """Probability that a chain that can end early continues after a draft, before any sample."""

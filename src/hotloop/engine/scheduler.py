@@ -97,7 +97,7 @@ def step_kinds(
     Args:
         arms: See ``DraftController.arms``.
         n_steps: Steps of a multi-step program of plain steps.
-        alone: The steps have a single request.
+        alone: The steps are those of a single request.
     """
     kinds = [(k, drafter, 1) for drafter, k in arms]
     if n_steps > 1:

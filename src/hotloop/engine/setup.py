@@ -617,7 +617,7 @@ def find_device(config: EngineConfig) -> torch.device:
 def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
     """Refuses a backend for another kind of device, or with one rank.
 
-    Whether the backend works on this machine is found out by the ranks.
+    The ranks find out whether the backend works on this machine.
     """
     backend = config.all_reduce
     if backend == "auto":

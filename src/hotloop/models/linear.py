@@ -185,7 +185,7 @@ class Linear(nn.Module):
         spec: LinearSpec,
         device: torch.device,
     ) -> Generator[int, None, list[Tensor]]:
-        """Packs some rows at a time, so that little memory is used beside the packed weight."""
+        """Packs some rows at a time, so that little memory is used besides the packed weight."""
         paired = spec.paired and spec.fused  # alternately eight gate and eight up features
         check = PackingCheck(kernel, spec.n, paired=paired)
 

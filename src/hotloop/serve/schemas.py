@@ -169,11 +169,11 @@ class SamplingBody(Body):
         fields = {k: v for k, v in given.items() if v is not None}
         if (grammar := self.grammar) is not None:  # which may be large, and is not kept
             return replace(defaults, grammar=grammar, **fields)
-        changed = _changed if sum(map(len, self.stop)) <= _MOST_KEPT else _changed.__wrapped__
+        changed = _changed if sum(map(len, self.stop)) <= _MAX_KEPT else _changed.__wrapped__
         return changed(defaults, tuple(fields.items()))
 
 
-_MOST_KEPT = 1024
+_MAX_KEPT = 1024
 """The most characters of stop strings in options that are cached; a body can have millions."""
 
 

@@ -183,7 +183,7 @@ def _rope_scaling(keys: _Keys, file: str, prefix: str) -> dict[str, Any] | None:
             if (value := getattr(keys, name)) != 1.0:
                 raise UnsupportedError(
                     f"{file}: metadata key {prefix}{_Keys.model_fields[name].alias} is {value:g}, "
-                    f"and beside rope.scaling.type {keys.scaling!r} only 1 is supported."
+                    f"but with rope.scaling.type {keys.scaling!r} only 1 is supported."
                 )
     factor = _shortest(keys.scaling_factor)
     attention_factor = keys.attention_factor * keys.yarn_attention_factor

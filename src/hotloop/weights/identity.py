@@ -4,8 +4,8 @@ A checkpoint can have hundreds of gigabytes, so commands do not read all of it t
 ``identify_checkpoint`` detects a change in place, and ``sample_checkpoint`` recognizes a copy.
 
 Quality is measured against an unquantized reference, so a measurement must know whether a
-checkpoint is quantized. The types of its tensors tell that, and the description that ``hotloop
-quantize`` writes into ``config.json``:
+checkpoint is quantized. That follows from the types of its tensors, and from the description that
+``hotloop quantize`` writes into ``config.json``:
 
     "hotloop_quantization": {
       "version": 1,
@@ -251,7 +251,7 @@ class StoredForm:
 
     @property
     def summary(self) -> str:
-        """Such as ``Q4_1 for 210 of 272 tensors, 87 % of bytes; F32 for 62, 13 %``."""
+        """A text such as ``Q4_1 for 210 of 272 tensors, 87 % of bytes; F32 for 62, 13 %``."""
         n_tensors = sum(t.n_tensors for t in self.types)
         n_bytes = max(sum(t.n_bytes for t in self.types), 1)
         first, *others = self.types

@@ -64,8 +64,8 @@ def quantize_checkpoint(
         src: A folder of safetensors, or a GGUF file.
         dst: A folder that does not exist yet or is empty.
         quant: Scheme of the projections in blocks.
-        head: Scheme of the head; ``auto`` is int8, or none beside none and in compressed-tensors.
-            A tied embedding is the same matrix.
+        head: Scheme of the head, and of a tied embedding. ``auto`` is none if ``quant`` is none and
+            in compressed-tensors, and otherwise int8.
         copy_format: The format of the copy.
         source_name: The name of the source that the copy records; None takes the path.
         calibration: The text whose activations a calibrated scheme uses; None for random tokens.

@@ -124,7 +124,7 @@ def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
 
     Args:
         kernel: The kernel.
-        architecture: Such as ``sm_90a``.
+        architecture: The architecture, such as ``sm_90a``.
 
     Raises:
         CompileError: NVRTC refused it.

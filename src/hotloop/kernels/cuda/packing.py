@@ -301,9 +301,10 @@ class Parts(NamedTuple):
     """A weight before packing: values [N, K], and scales and offsets of groups [N, G].
 
     Attributes:
-        values: bfloat16; float8_e4m3fn; int8.
-        scale: With groups. Scales per output feature are a separate argument of the kernel.
-        offset: Where the format has offsets or (int8) zero points.
+        values: bfloat16, float8_e4m3fn or int8.
+        scale: Scales, if the format has groups. Scales per output feature are a separate argument
+            of the kernel.
+        offset: Offsets or int8 zero points, if the format has them.
         factor: [N, S], half precision: factors of two-level scales, for S super-blocks of whole
             units.
         offset_factor: [N, S], half precision: factors of two-level offsets.

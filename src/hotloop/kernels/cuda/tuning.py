@@ -243,7 +243,7 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
         form: The weight's format.
         rows: M.
         parts: Parts of K.
-        limits: Of the device.
+        limits: Limits of the device.
     """
     octets = next(c for c in WIDE_OCTETS if rows <= 8 * c)
     most = (MAX_WIDE_ACCUMULATORS - octets) // (octets * form.strands)
@@ -334,7 +334,7 @@ def attention_tuning(
         n_positions: Positions of the cache. The bits of a result depend neither on it nor on
             ``batch``.
         batch: Sequences of a decode step.
-        limits: Of the device.
+        limits: Limits of the device.
         rows: Rows of a sequence and KV head: its new tokens times the query heads that share it.
     """
     new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside the rings

@@ -31,7 +31,7 @@ _ONES = {4: 0x11111111, 8: 0x01010101}
 
 
 _ASSUMPTION = (
-    "read as GPTQ's version 1, the default: zero points do not tell the version, and the "
+    "read as GPTQ's version 1, the default: zero points do not determine the version, and the "
     "checkpoint's configuration has no checkpoint_format (gptq is version 1, gptq_v2 version 2)"
 )
 
