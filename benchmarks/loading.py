@@ -227,17 +227,17 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Unchecked:
-    """Takes the place of ``PackingCheck``, and compares nothing."""
+    """A replacement of ``PackingCheck`` that compares nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def seen(self, chunk: Any) -> Any:
+    def record(self, chunk: Any) -> Any:
         """Returns the rows."""
         return chunk
 
     def compare(self, packed: Sequence[Tensor]) -> Tensor:
-        """Says that all is well."""
+        """Returns that the bytes are right."""
         return torch.ones((), dtype=torch.bool, device=packed[0].device)
 
 
