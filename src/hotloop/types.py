@@ -241,7 +241,7 @@ class EngineConfig:
         Lever(
             help="Weight quantization: auto keeps what the file has; none, int8, int8-gN (N 32, "
             "64 or 128), fp8, int4 (that is int4-g128), int4-gN, int4-gN-asym, or int4-gN-zp; "
-            "-cal after one of int4 fits its scales to the model's activations.",
+            "-cal after an int4 scheme fits its scales to the model's activations.",
             group="Model",
             sweep="auto,int8,int4-g64",
             names="scheme",
@@ -260,7 +260,7 @@ class EngineConfig:
         Execution,
         Lever(
             help="Plain PyTorch (eager), torch.compile (compile), or hotloop's CUDA kernels "
-            "(fused). auto is fused where that runs, else eager.",
+            "(fused). auto is fused if it runs here, else eager.",
             group="Execution",
             sweep="auto,compile",
         ),
@@ -268,7 +268,7 @@ class EngineConfig:
     tensor_parallel: Annotated[
         Count,
         Lever(
-            help="Ranks that split every layer, on GPUs one GPU each.",
+            help="The number of ranks that split every layer; on GPUs, each has one GPU.",
             group="Execution",
             alias="--tp",
         ),
@@ -277,7 +277,7 @@ class EngineConfig:
         AllReduce,
         Lever(
             help="All-reduce backend of several ranks. auto is symm_mem on GPUs and shm (shared "
-            "memory) on CPUs where that works, else nccl and gloo.",
+            "memory) on CPUs if it works, else nccl and gloo.",
             group="Execution",
             used=_has_ranks,
         ),
@@ -286,9 +286,9 @@ class EngineConfig:
         str,
         Lever(
             help="Speculative decoding: none; ngram, which looks drafts up in the text so far; "
-            "exit-N, the model's first N layers; self, the high half of each of its weights, with "
-            "--quant int8-gN; self-SCHEME, the model under another --quant, such as "
-            "self-int4-g128; several of these, as in ngram+self; or a smaller model of the same "
+            "exit-N, the model's first N layers; self, the model with only the high half of each "
+            "weight (needs --quant int8-gN); self-SCHEME, the model in another scheme, such as "
+            "self-int4-g128; several of these, as in ngram+self; or a smaller model with the same "
             "vocabulary.",
             group="Speculation",
         ),
@@ -306,7 +306,7 @@ class EngineConfig:
         int,
         Range(1, MAX_DRAFT_TOKENS),
         Lever(
-            help="Most tokens drafted for one step.",
+            help="The most tokens that are drafted for one step.",
             group="Speculation",
             used=_drafts,
         ),
@@ -314,7 +314,7 @@ class EngineConfig:
     draft_policy: Annotated[
         DraftPolicy,
         Lever(
-            help="Draft where measurements show that it pays (adaptive), or in every step "
+            help="Draft only while measurements show that it pays (adaptive), or in every step "
             "(always).",
             group="Speculation",
             used=_drafts,
@@ -337,12 +337,12 @@ class EngineConfig:
         DType, Lever(help="Element type of activations and unquantized weights.", group="Model")
     ] = "auto"
     max_batch_size: Annotated[
-        Count, Lever(help="Sequences decoded at once.", group="Execution")
+        Count, Lever(help="The most sequences that are decoded at once.", group="Execution")
     ] = 1
     max_seq_len: Annotated[
         Count | None,
         Lever(
-            help="Tokens that a sequence can hold, prompt and answer together.",
+            help="The most tokens of a sequence, prompt and answer together.",
             group="Execution",
             default="the model's context, limited to 1 GiB of KV cache but to no less than 4,096 "
             "tokens; in bench, eval and sweep the length that the measurement needs",
@@ -351,7 +351,7 @@ class EngineConfig:
     prefill_chunk: Annotated[
         Count | None,
         Lever(
-            help="Most prompt tokens in one forward pass.",
+            help="The most prompt tokens in one forward pass.",
             group="Execution",
             default=f"{MIN_PREFILL_CHUNK}, with fused up to {MAX_PREFILL_CHUNK}",
         ),
@@ -359,8 +359,8 @@ class EngineConfig:
     cache_packed: Annotated[
         bool,
         Lever(
-            help="Keep the packed weights in the cache folder: the next start reads them, and not "
-            "the checkpoint.",
+            help="Store the packed weights in the cache folder. The next start reads them instead "
+            "of the checkpoint.",
             group="Model",
             used=_has_checkpoint,
         ),
@@ -368,10 +368,10 @@ class EngineConfig:
     prefix_cache: Annotated[
         PrefixCache,
         Lever(
-            help="Reuse keys and values of earlier requests that began with the same tokens: of "
-            "every token, answers included (tokens), or only where bits stay the same (chunks): of "
-            "whole prefill chunks, and of every token with CPU kernels and chunks of up to "
-            f"{EXACT_CPU_CHUNK} tokens.",
+            help="Reuse keys and values of earlier requests with the same first tokens. tokens "
+            "reuses those of every token, answers included. chunks reuses only those that change "
+            "no bit of an answer: of whole prefill chunks, or with CPU kernels and chunks of up to "
+            f"{EXACT_CPU_CHUNK} tokens, of every token.",
             group="Execution",
             default="tokens in chat, else none",
         ),
