@@ -7,7 +7,6 @@ import ctypes
 import dataclasses
 import functools
 import itertools
-import os
 import shutil
 import subprocess
 import tempfile
@@ -188,7 +187,7 @@ def sources() -> Path:
     folder = kept_folder("emulated-kernels", *texts)
     for name, text in files.items():
         if not (folder / name).exists():
-            scratch = folder / f"{name}.{os.getpid()}"
+            scratch = folder / f"{name}.{threading.get_native_id()}"
             scratch.write_text(text)
             scratch.replace(folder / name)
     if not (folder / "device.cuh.gch").exists():
@@ -198,7 +197,7 @@ def sources() -> Path:
 
 def compile_to(path: Path, *arguments: str, text: str | None = None) -> None:
     """Compiles to ``path``, which appears once it is complete."""
-    scratch = path.with_suffix(f".{os.getpid()}{path.suffix}")
+    scratch = path.with_suffix(f".{threading.get_native_id()}{path.suffix}")
     command = ("c++", *FLAGS, *arguments, "-o", scratch.name)
     subprocess.run(command, cwd=path.parent, input=text, text=True, check=True)
     scratch.replace(path)
