@@ -90,7 +90,7 @@ class Job(StrictModel):
         return self.rehearse.replace("{run}", run) if rehearse else run
 
     def shares_gpus(self, other: Job) -> bool:
-        """Tells whether it may not run beside another one."""
+        """Returns whether it may not run beside another one."""
         if self.gpus is None or other.gpus is None:
             return True
         return not set(self.gpus).isdisjoint(other.gpus)

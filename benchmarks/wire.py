@@ -143,7 +143,7 @@ def request_bytes(url: str, body: Mapping[str, Any]) -> bytes:
 
 
 def is_whole(data: bytes) -> bool:
-    """Tells whether data are a whole answer that is not streamed, such as an error."""
+    """Returns whether data are a whole answer that is not streamed, such as an error."""
     head, _, body = data.partition(b"\r\n\r\n")
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
     length = fields.get(b"content-length", b"").strip()

@@ -56,7 +56,7 @@ def test_a_console_shows_markup_and_controls_of_text_as_text():
     assert on_console(table).count(SHOWN[:18]) == 2
 
 
-def test_a_console_keeps_its_own_colours_on_a_terminal():
+def test_a_console_keeps_its_own_colors_on_a_terminal():
     out = io.StringIO()
     console = SafeConsole(file=out, width=20, force_terminal=True, color_system="standard")
     console.print("x\x1b[2J", style="bold")

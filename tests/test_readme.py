@@ -114,8 +114,8 @@ def test_python_examples_run(tmp_path: Path) -> None:
     assert float(speed) > 0
     assert conversation.strip()
     assert several.returncode == 0, several.stderr
-    colours, _, person = several.stdout.partition("\n")
-    assert len(ast.literal_eval(colours)) == 3
+    colors, _, person = several.stdout.partition("\n")
+    assert len(ast.literal_eval(colors)) == 3
     assert isinstance(json.loads(person)["age"], int)
 
 

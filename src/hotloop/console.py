@@ -25,7 +25,7 @@ class SafeConsole(Console):
 
     Strings are printed without markup, emoji codes and highlighting unless the call asks for them,
     and all rendered text goes through ``printable``. Control sequences of rich's own, such as
-    colours and cursor movements, are unchanged.
+    colors and cursor movements, are unchanged.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -622,7 +622,7 @@ def test_what_other_prompts_left_behind_changes_nothing(engine, monkeypatch):
     assert answers(llm, prompts[::-1])[::-1] == answers(llm, prompts)
 
 
-def test_neighbours_change_nothing(engine):
+def test_neighbors_change_nothing(engine):
     together, alone = engine(max_batch_size=4), engine()
     for sampling in ({}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3}):
         assert answers(together, **sampling) == [
@@ -673,7 +673,7 @@ def test_windows_share_steps_and_have_the_bits_of_each_alone(engine):
             assert not full or score.log_probs.equal(theirs.log_probs)
 
 
-def test_a_grammar_is_followed_beside_drafts_and_changes_no_neighbour(engine):
+def test_a_grammar_is_followed_beside_drafts_and_changes_no_neighbor(engine):
     grammar = Grammar(kind="regex", source="(the token )+[a-z]{1,9}")
     follow = SamplingParams(max_new_tokens=12, grammar=grammar, logprobs=2)
     plain, drafted = (

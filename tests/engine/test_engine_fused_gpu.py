@@ -103,7 +103,7 @@ def test_tokens_agree_with_exact_ones_to_the_top_two(
 
 
 @pytest.mark.parametrize("quant", ["none", "int4-g32"])
-def test_neighbours_change_nothing(quant: str, make: Make) -> None:
+def test_neighbors_change_nothing(quant: str, make: Make) -> None:
     prompts = [[2 + i] * (1 + 3 * i) for i in range(16)]
     alone, among = make(quant=quant), make(quant=quant, max_batch_size=16)
     singly = answers(alone, prompts)

@@ -208,7 +208,7 @@ def test_draws_on_the_gpu_are_those_of_the_cpu() -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_sampled_text_does_not_depend_on_execution_or_neighbours(folder: Path) -> None:
+def test_sampled_text_does_not_depend_on_execution_or_neighbors(folder: Path) -> None:
     params = SamplingParams(max_new_tokens=16, ignore_eos=True, temperature=0.9, top_p=0.9, seed=3)
     alone = LLM(str(folder), dtype="float32", device="cuda")
     among = LLM(str(folder), dtype="float32", device="cuda", execution="compile", max_batch_size=4)

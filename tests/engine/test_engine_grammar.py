@@ -1,4 +1,4 @@
-"""Answers follow their grammar: whatever drafts, neighbours and options there are beside it."""
+"""Answers follow their grammar: whatever drafts, neighbors and options there are beside it."""
 
 import json
 import re
@@ -196,10 +196,10 @@ def test_a_draft_model_catches_up_with_jump_forward_tokens(folder):
     llm.close()
 
 
-# ------------------------------------------------------------------------------ with neighbours
+# ------------------------------------------------------------------------------ with neighbors
 
 
-def test_neighbours_without_a_grammar_do_not_change_by_a_bit(folder):
+def test_neighbors_without_a_grammar_do_not_change_by_a_bit(folder):
     llm = LLM(str(folder), dtype="bfloat16", max_batch_size=3)
     freely = SamplingParams(max_new_tokens=30, ignore_eos=True, logprobs=3)
     for sampling in SAMPLING.values():

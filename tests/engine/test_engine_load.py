@@ -1,4 +1,4 @@
-"""Neighbours, arrival order, chunks, load and reused prefixes never change an answer."""
+"""Neighbors, arrival order, chunks, load and reused prefixes never change an answer."""
 
 import dataclasses
 import time

@@ -48,7 +48,7 @@ def test_a_step_without_finite_logits_ends_the_request_with_an_error(broken, opt
     assert broken.generate([[OTHER]])[0].token_ids == (END,)
 
 
-def test_the_neighbours_of_such_a_request_are_answered_first(broken):
+def test_the_neighbors_of_such_a_request_are_answered_first(broken):
     texts, answers = {0: "", 1: "", 2: ""}, {}
     prompts = [[START], [OTHER], [encode(TEXT)[5]]]
     with pytest.raises(NumericsError) as raised:  # noqa: PT012

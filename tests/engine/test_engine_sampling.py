@@ -194,7 +194,7 @@ def test_tokens_without_probability_are_never_drawn():
 
 
 @pytest.fixture
-def neighbours() -> tuple[Sampler, SamplingParams, SamplingParams]:
+def neighbors() -> tuple[Sampler, SamplingParams, SamplingParams]:
     """A sampler of two rows: one draws from all tokens, the other truncates and penalizes."""
     sampler = Sampler(2, 49_152, torch.device("cpu"))
     plain = SamplingParams(temperature=1.0)
@@ -203,8 +203,8 @@ def neighbours() -> tuple[Sampler, SamplingParams, SamplingParams]:
     return sampler, plain, other
 
 
-def drawn_alone_and_beside(neighbours, seed: int) -> tuple[int, int]:
-    sampler, plain, other = neighbours
+def drawn_alone_and_beside(neighbors, seed: int) -> tuple[int, int]:
+    sampler, plain, other = neighbors
     logits_V = torch.randn(49_152, generator=torch.Generator().manual_seed(0)) * 2
     sampler.admit(0, plain, seed, SEEN)
     positions_B1 = torch.tensor([[3], [3]])
@@ -214,20 +214,20 @@ def drawn_alone_and_beside(neighbours, seed: int) -> tuple[int, int]:
     return alone.ids[0, 0].item(), beside.ids[0, 0].item()
 
 
-def test_a_neighbour_that_truncates_does_not_move_a_draw(neighbours):
+def test_a_neighbor_that_truncates_does_not_move_a_draw(neighbors):
     for seed in range(10):
-        alone, beside = drawn_alone_and_beside(neighbours, seed)
+        alone, beside = drawn_alone_and_beside(neighbors, seed)
         assert alone == beside
 
 
-def test_beside_a_neighbour_that_truncates_the_least_likely_token_can_be_drawn(
-    neighbours, monkeypatch
+def test_beside_a_neighbor_that_truncates_the_least_likely_token_can_be_drawn(
+    neighbors, monkeypatch
 ):
     # So many tokens that float32's running sum of their probabilities reaches 1 before the end.
     least = int(torch.randn(49_152, generator=torch.Generator().manual_seed(0)).argmin())
     gumbel_V = torch.zeros(49_152).index_fill_(0, torch.tensor([least]), 1e3)
     monkeypatch.setattr("hotloop.engine.sampling._gumbel", lambda *_: gumbel_V)
-    assert drawn_alone_and_beside(neighbours, 0) == (least, least)
+    assert drawn_alone_and_beside(neighbors, 0) == (least, least)
 
 
 def test_a_draw_does_not_depend_on_how_many_candidates_are_looked_at(monkeypatch):
@@ -309,7 +309,7 @@ def test_gumbel_numbers_are_finite_independent_and_distributed_as_they_should_be
         assert gumbel_BV.isfinite().all()
         uniform = np.exp(-np.exp(-gumbel_BV.double().numpy()))
         assert stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-3
-        # Neighbouring rows, and neighbouring ids, have nothing to do with each other.
+        # Neighboring rows, and neighboring ids, have nothing to do with each other.
         cells = (uniform * 16).astype(int)
         for first, second in ((cells[1:], cells[:-1]), (cells[:, 1:], cells[:, :-1])):
             pairs = np.bincount((first * 16 + second).ravel(), minlength=256)

@@ -76,13 +76,13 @@ def test_ranks_choose_what_one_chooses_of_the_tokens_that_a_grammar_allows(folde
     found = []
     for llm in pair(folder, n, **options):
         beside = llm.stream([[9]], FREELY)
-        neighbour = list(next(beside).token_ids)
+        neighbor = list(next(beside).token_ids)
         for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
             for g in llm.generate(PROMPTS[:2], params, **sampling):
                 assert g.finish_reason in ("eos", "length")
                 found.append(g.token_ids)
-        neighbour += [token for delta in beside for token in delta.token_ids]
-        found.append(tuple(neighbour))
+        neighbor += [token for delta in beside for token in delta.token_ids]
+        found.append(tuple(neighbor))
     assert found[:5] == found[5:]
 
 

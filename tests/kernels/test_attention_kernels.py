@@ -194,7 +194,7 @@ def threads() -> Iterator[None]:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("threads")
-def test_number_of_threads_and_neighbours_change_no_bit(dtype):
+def test_number_of_threads_and_neighbors_change_no_bit(dtype):
     q = normal(3, 1, 9, 64, dtype=dtype)
     k, v = (normal(3, 3, 300, 64, seed=s, dtype=dtype) for s in (1, 2))
     positions = torch.tensor([[299], [3], [130]])

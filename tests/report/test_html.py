@@ -442,9 +442,9 @@ def test_parts_of_a_bar_differ_in_grayscale_and_text_has_contrast():
     palettes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(palettes) == 3, "light, dark, print"
     for palette in palettes:
-        colours = dict(re.findall(r"--(\w[\w-]*): (#[0-9a-f]{6});", palette))
+        colors = dict(re.findall(r"--(\w[\w-]*): (#[0-9a-f]{6});", palette))
 
-        def contrast(a: str, b: str, of: dict[str, str] = colours) -> float:
+        def contrast(a: str, b: str, of: dict[str, str] = colors) -> float:
             low, high = sorted(luminance(of[name]) for name in (a, b))
             return (high + 0.05) / (low + 0.05)
 

@@ -62,16 +62,16 @@ def test_a_chat_is_the_same_whole_streamed_and_by_its_helper(api):
     assert helped.message.content == choice.message.content
 
 
-class Colour(BaseModel):
+class Color(BaseModel):
     name: Literal["red", "blue"]
     is_dark: bool
 
 
 def test_an_answer_is_parsed_as_the_class_that_was_asked_for(api):
     options = CHAT | {"max_completion_tokens": 100}
-    answer = api.chat.completions.parse(**options, response_format=Colour)
+    answer = api.chat.completions.parse(**options, response_format=Color)
     assert answer.choices[0].message.parsed in [
-        Colour(name=name, is_dark=is_dark) for name in ("red", "blue") for is_dark in (True, False)
+        Color(name=name, is_dark=is_dark) for name in ("red", "blue") for is_dark in (True, False)
     ]
 
 

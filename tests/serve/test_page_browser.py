@@ -556,8 +556,8 @@ def test_a_file_that_is_no_export_is_refused(
 
 def test_dark_and_light_follow_the_system_and_the_button(open_page: Open) -> None:
     def brightness(page: Page) -> float:
-        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
 
     assert brightness(open_page(color_scheme="light")) > 200
     page = open_page(color_scheme="dark")

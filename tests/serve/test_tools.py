@@ -74,7 +74,7 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "time", "arguments": [1]}</tool_call>', None, []),
-    ("hermes", '<tool_call>{"colour": "red"}</tool_call> is one', None, []),
+    ("hermes", '<tool_call>{"color": "red"}</tool_call> is one', None, []),
     (
         "hermes",
         '<tool_call><tool_call>{"name": "time"}</tool_call>',

@@ -102,7 +102,7 @@ def gptq(
             own = torch.Generator().manual_seed(sum(map(ord, name)))  # q, k and v differ
             group = group[torch.randperm(k, generator=own)]
         words = pack(zeros, bits)
-        if version == 1:  # one subtraction from a word: a zero of 0 borrows from its neighbour
+        if version == 1:  # one subtraction from a word: a zero of 0 borrows from its neighbor
             words = words - sum(1 << place for place in range(0, 32, bits))
         stored = {
             ".qweight": pack(q.T, bits).T,

@@ -5,7 +5,7 @@
 
 The libraries encode, but do not decode: each backend returns the *bytes* of a token, and text is
 the concatenation of these bytes. So incremental decoding is exact and takes linear time, since no
-token's bytes depend on its neighbours. It differs from the libraries' own decoding in two ways:
+token's bytes depend on its neighbors. It differs from the libraries' own decoding in two ways:
 invalid UTF-8 becomes U+FFFD by Unicode's rule (one per maximal subpart) with either backend, and
 ``clean_up_tokenization_spaces``, which loses spaces, is not applied.
 """

@@ -305,7 +305,7 @@ async function generate(message, before = null) {
   else if (error) server.watch();
 }
 
-/** Notes whether an answer is the same as the one before it, where both were asked for alike. */
+/** Notes whether an answer is the same as the one before it, if both had the same request. */
 function compare(message, before) {
   const whole = (one) => one.state === "done" || one.state === "length";
   if (!before?.request || before.request !== message.request) return;
