@@ -106,7 +106,8 @@ class EngineLM(TemplateLM):
         answers = [""] * len(requests)
         groups: dict[SamplingParams, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(self._params(request.args[1]), []).append(i)
+            _, options = request.args
+            groups.setdefault(self._params(options), []).append(i)
         for params, members in groups.items():
             assert params.max_new_tokens is not None, "lm-eval sets a limit or takes the default"
             room = self.max_length - params.max_new_tokens
@@ -124,7 +125,7 @@ class EngineLM(TemplateLM):
     def _params(self, options: dict[str, Any]) -> SamplingParams:
         said = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
         stop: Sequence[str] = handle_stop_sequences(said.get("until"), eos=None)
-        sampling = {}
+        sampling: dict[str, Any] = {}
         if said.get("do_sample"):
             names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             sampling = {name: said[name] for name in names if name in said}
