@@ -107,7 +107,7 @@ def test_drafts_do_not_change_tokens_and_are_those_of_one_rank(folder, draft, n)
 
 def test_short_prompts_at_once_have_the_bits_of_each_alone(folder):
     llm = LLM(str(folder), dtype="bfloat16", quant="int8", tensor_parallel=2, max_batch_size=4)
-    assert llm._scheduler._packing is not None, "a row's bits do not depend on the others"
+    assert llm._scheduler._prefill_batching is not None, "a row's bits do not depend on the others"
     prompts, params = [[7], [5, 9, 2], [3] * 6, [8, 4]], replace(FREELY, logprobs=2)
     together = llm.generate(prompts, params)
     for prompt, found in zip(prompts, together, strict=True):

@@ -376,7 +376,9 @@ def test_unknown_scheme_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "gguf", "q4_k_m"])
 def test_unknown_scheme_is_answered_with_what_the_help_lists_and_how_stored_formats_are_read(name):
-    with pytest.raises(UnknownNameError, match="quant auto, the default, reads files") as caught:
+    with pytest.raises(
+        UnknownNameError, match="quant auto, the default, keeps the quantization"
+    ) as caught:
         parse_scheme(name)
     assert "int4, int4-gN, int4-gN-asym, int4-gN-cal, int4-gN-zp, int8, int8-gN, none" in str(
         caught.value

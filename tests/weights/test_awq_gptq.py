@@ -227,7 +227,7 @@ def test_act_order_is_refused_where_ranks_would_split_its_input_features(tmp_pat
     quantized, _ = write_stored(tmp_path, gptq(16, act_order=True), GPTQ | {"group_size": 16})
     for_one = EngineConfig(model=str(quantized), device="cpu")
     assert prepare(for_one).config.quant == "auto"
-    with pytest.raises(UnsupportedError, match=r"o_proj has its input features .* \(act-order\)"):
+    with pytest.raises(UnsupportedError, match=r"o_proj are permuted \(act-order\)"):
         prepare(dataclasses.replace(for_one, tensor_parallel=2))
 
 

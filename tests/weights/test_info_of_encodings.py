@@ -57,6 +57,6 @@ def test_a_format_that_ranks_cannot_cut_is_a_row_with_the_degrees_that_work(tmp_
     model = ENCODINGS["gptq, act-order"](tmp_path, **SIZES)
     about = info(model, "--tp", "2", capsys=capsys)
     (row,) = about["memory"]
-    assert "in an order of its own" in row["unsupported"]
+    assert "permuted (act-order)" in row["unsupported"]
     assert "only 1 works" in row["unsupported"]
     assert about["formats"], "the file is described all the same"
