@@ -41,6 +41,23 @@ SHOWN_S = 10.0
 """Files that take less are not in the summary."""
 
 
+@pytest.fixture
+def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients take in few bytes at a time, so that no two events have the same time of arrival.
+
+    A busy machine may keep a client waiting until a short answer has arrived whole.
+    """
+    import httpx2
+
+    iter_bytes = httpx2.Response.iter_bytes
+
+    def in_pieces(response: httpx2.Response) -> Iterator[bytes]:
+        for chunk in iter_bytes(response):
+            yield from (chunk[i : i + 64] for i in range(0, len(chunk), 64))
+
+    monkeypatch.setattr(httpx2.Response, "iter_bytes", in_pieces)
+
+
 @pytest.fixture(scope="module")
 def forked_processes() -> Iterator[None]:
     """Python processes that tests of this file start, or hotloop in them, are forked."""

@@ -616,12 +616,18 @@ class Timing:
 
     @property
     def tpot_s(self) -> float:
-        """Time per output token after the first; NaN for a single token."""
-        return (self.e2e_s - self.ttft_s) / (self.n_tokens - 1) if self.n_tokens > 1 else math.nan
+        """Time per output token after the first.
+
+        NaN if it is unknown: for a single token, and if all tokens arrived together, as from a
+        server behind a proxy that buffers.
+        """
+        if self.n_tokens < 2 or self.e2e_s == self.ttft_s:
+            return math.nan
+        return (self.e2e_s - self.ttft_s) / (self.n_tokens - 1)
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens per second after the first one: 1 / TPOT."""
+        """Tokens per second after the first one: 1 / TPOT; NaN where that is."""
         return 1 / self.tpot_s
 
     @property

@@ -170,6 +170,7 @@ def test_the_key_is_sent_and_in_no_record(engine_of, monkeypatch):
     assert keys == {"Bearer sesame"}
 
 
+@pytest.mark.usefixtures("small_reads")
 def test_a_server_is_timed_like_any_engine(engine_of):
     engine = engine_of(pause_s=0.002, role_first=True)
     speed = measure_speed(engine, WORKLOAD, read_bytes_per_s=1e9, datasheet_bytes_per_s=None)

@@ -30,13 +30,14 @@ class Remembering:
 
     model, server, refused = "m", "s", ()
 
-    def __init__(self):
+    def __init__(self, token_s=0.5):
         self.known = set()
+        self.token_s = token_s
 
     def complete(self, prompt, max_tokens, *, ignore_eos=False):
         first_s = 0.25 if prompt in self.known else 1.0
         self.known.add(prompt)
-        times = tuple(first_s + 0.5 * i for i in range(max_tokens))
+        times = tuple(first_s + self.token_s * i for i in range(max_tokens))
         return Completion(
             text="a" * ignore_eos,
             times=times,
@@ -54,6 +55,10 @@ def test_a_new_prompt_and_a_known_one_are_told_apart():
     assert found.tpot_s.samples == (0.5,) * 6
     assert found.interval_s == (0.5,) * 4
     assert found.n_prompt_tokens.mean == 9
+
+
+def test_answers_that_arrive_all_at_once_have_no_time_per_token():
+    assert measure_server(Remembering(token_s=0.0), WORKLOAD, TEXT).tpot_s is None
 
 
 def test_every_prompt_is_salted_and_asked_twice():

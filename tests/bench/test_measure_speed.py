@@ -239,6 +239,12 @@ def test_repeats_that_disagree_say_why_and_keep_their_figures():
     assert speed.tpot_s.samples == pytest.approx(tpots)
 
 
+def test_an_answer_that_arrived_all_at_once_is_not_timed():
+    engine = FakeEngine([WARM_UP, [timing(0.0)]])
+    with pytest.raises(HotloopError, match="all 11 tokens of an answer arrived together"):
+        measure(engine, Workload(prompt_tokens=5, new_tokens=11))
+
+
 def test_an_engine_that_generates_too_few_tokens_is_not_timed():
     engine = FakeEngine([WARM_UP, [timing(0.1, n=7)]])
     with pytest.raises(HotloopError, match=r"\[7\] tokens instead of \[11\]"):

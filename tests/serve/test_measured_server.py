@@ -35,6 +35,7 @@ def test_it_writes_what_its_model_writes(engine, folder):
     assert [answer.text for answer in found] == [answer.text for answer in expected]
 
 
+@pytest.mark.usefixtures("small_reads")
 def test_it_is_timed_in_batches_with_the_number_of_tokens_asked_for(engine):
     workload = Workload(prompt_tokens=5, new_tokens=6, batch=2, repeats=2)
     speed = measure_speed(engine, workload, read_bytes_per_s=None, datasheet_bytes_per_s=None)

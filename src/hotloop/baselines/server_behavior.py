@@ -49,7 +49,8 @@ class ServerBehavior:
         n_tokens: Tokens of an answer, if the server counts them.
         cold_ttft_s: Seconds to the first event of an answer to a new prompt.
         warm_ttft_s: Seconds to the first event for a prompt that was just answered.
-        tpot_s: Seconds per token after the first event, if the server counts tokens.
+        tpot_s: Seconds per token after the first event, if the server counts tokens and sends them
+            one after another.
         interval_s: Seconds between events: the quantiles 0.5, 0.9 and 0.99, and the longest.
         tokens_per_event: Mean number of tokens of an event, if the server counts them.
         loop_share: Share of the words of answers that repeat a passage for the third time or more.
@@ -169,7 +170,7 @@ def _prompts(workload: Workload, text: str) -> Iterator[str]:
 
 
 def _tpot_s(answer: Completion) -> float | None:
-    if answer.n_tokens is None or answer.n_tokens < 2 or len(answer.times) < 2:
+    if answer.n_tokens is None or answer.n_tokens < 2 or answer.times[0] == answer.times[-1]:
         return None
     return (answer.times[-1] - answer.times[0]) / (answer.n_tokens - 1)
 

@@ -95,7 +95,8 @@ def measure_speed(
 
     Raises:
         ConfigError: The workload cannot be timed on this engine.
-        HotloopError: The engine generated another number of tokens than requested.
+        HotloopError: The engine generated another number of tokens than requested, or they
+            arrived all together.
     """
     description = engine.describe()
     _check(workload, description)
@@ -204,6 +205,12 @@ def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> li
             f"the engine generated {produced} tokens instead of {asked}, although "
             "end-of-sequence is "
             "ignored. Its speed is not that of this workload."
+        )
+    if any(math.isnan(generation.timing.tpot_s) for generation in generations):
+        raise HotloopError(
+            f"all {workload.new_tokens} tokens of an answer arrived together, so the time per "
+            "token is unknown. Let the server, and any proxy before it, stream; if it does, ask "
+            "for more tokens."
         )
     return generations
 

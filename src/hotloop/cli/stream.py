@@ -6,6 +6,7 @@ before the line reaches it. Otherwise the text is passed on as it is.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -51,7 +52,7 @@ class Answer:
             parts.append(f"{n} of {n_prompt} prompt tokens cached")
         if self.timing is not None:
             parts.append(f"TTFT {self.timing.ttft_s:.3f} s")
-            if self.timing.n_tokens > 1:
+            if math.isfinite(self.timing.decode_tok_s):
                 parts.append(f"decode {self.timing.decode_tok_s:.1f} tok/s")
         if self.speculation is not None:
             parts.append(shown_speculation(self.speculation))
