@@ -303,8 +303,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["TINY_MODEL"] = str(out / "rehearsal-model")
         write_tiny(out / "rehearsal-model")
     # A job is ended, and packed, before this ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    outcomes = run_plan(jobs, out, archive, rehearse=args.rehearse, limit_s=args.limit_s)
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        outcomes = run_plan(jobs, out, archive, rehearse=args.rehearse, limit_s=args.limit_s)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     failed = [name for name, outcome in outcomes.items() if outcome != "ok"]
     sys.exit(f"not ok: {', '.join(failed)}" if failed else 0)
 

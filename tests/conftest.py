@@ -41,6 +41,14 @@ SHOWN_S = 10.0
 """Files that take less are not in the summary."""
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers_stay() -> Iterator[None]:
+    """A test that leaves a signal handler behind fails, instead of a later one in its process."""
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 @pytest.fixture
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients take in few bytes at a time, so that no two events have the same time of arrival.
