@@ -66,6 +66,7 @@ def engine_of(folder):
         ({"refuses": ("ignore_eos", "return_token_ids")}, 5),
         ({"busy": 2}, 5),
         ({"busy": 1, "retry_after": "Mon, 30 Nov 2026 05:00:00 GMT"}, 5),
+        ({"busy": 1, "retry_after": "nan"}, 5),
     ],
 )
 def test_tokens_are_counted_by_the_server_and_pieces_timed(habits, pieces):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,3 +128,11 @@ def test_a_generated_token_that_scoring_would_not_choose_is_seen():
 
 def test_windows_too_short_for_an_answer_have_no_agreement():
     assert greedy_agreement(Writes(), [[1]]) is None
+
+
+def test_an_engine_that_does_not_return_its_tokens_has_no_agreement():
+    class Hides(Writes):
+        def generate(self, prompts, params):
+            return [replace(answer, token_ids=()) for answer in super().generate(prompts, params)]
+
+    assert greedy_agreement(Hides(), WINDOWS) is None

@@ -197,36 +197,36 @@ def test_progress_is_told_over_all_tasks(write):
 
 def test_bos_comes_first_where_the_models_own_tokenizer_puts_it():
     plain, with_bos = (TextEncoder(LetterEngine(adds_bos=b)) for b in (False, True))
-    assert plain.pair("ab", "c").ids == (*map(ord, "abc"),)
-    assert with_bos.pair("ab", "c").ids == (BOS, *map(ord, "abc"))
+    assert plain.encode_pair("ab", "c").ids == (*map(ord, "abc"),)
+    assert with_bos.encode_pair("ab", "c").ids == (BOS, *map(ord, "abc"))
 
 
 def test_a_continuation_without_context_follows_bos_or_the_end_of_sequence():
-    assert TextEncoder(LetterEngine()).pair("", "cd").ids == (BOS, ord("c"), ord("d"))
+    assert TextEncoder(LetterEngine()).encode_pair("", "cd").ids == (BOS, ord("c"), ord("d"))
     without = TextEncoder(LetterEngine(bos_id=None))
-    assert without.pair("", "cd").ids == (EOS, ord("c"), ord("d"))
-    begins_with_it = TextEncoder(LetterEngine()).pair("", chr(BOS) + "c")
+    assert without.encode_pair("", "cd").ids == (EOS, ord("c"), ord("d"))
+    begins_with_it = TextEncoder(LetterEngine()).encode_pair("", chr(BOS) + "c")
     assert (begins_with_it.ids, begins_with_it.n_scored) == ((BOS, ord("c")), 1)
 
 
 def test_spaces_at_the_end_of_a_context_belong_to_the_continuation():
-    window = TextEncoder(LetterEngine()).pair("ab ", "c")
+    window = TextEncoder(LetterEngine()).encode_pair("ab ", "c")
     assert (text_of(window.ids), window.n_scored) == ("ab c", 2)
 
 
 def test_long_windows_are_cut_from_the_left_and_counted():
     encoder = TextEncoder(LetterEngine(max_seq_len=4))
-    assert text_of(encoder.pair("abcdef", "gh").ids) == "efgh"
-    assert encoder.n_cut == 1
+    assert text_of(encoder.encode_pair("abcdef", "gh").ids) == "efgh"
+    assert encoder.n_truncated == 1
     with pytest.raises(
         ConfigError, match="continuation of 4 tokens does not fit in the context of 4"
     ):
-        encoder.pair("a", "bcde")
+        encoder.encode_pair("a", "bcde")
 
 
 def test_a_likelihood_is_the_sum_over_the_continuation_alone():
     engine = LetterEngine(likes="bc cd")
-    (one,) = score_windows(engine, [TextEncoder(engine).pair("ab", "cd")])
+    (one,) = score_windows(engine, [TextEncoder(engine).encode_pair("ab", "cd")])
     expected = engine.log_probs_VV[ord("b"), ord("c")] + engine.log_probs_VV[ord("c"), ord("d")]
     assert one.logprob == pytest.approx(expected.item())
     assert (one.is_greedy, one.n_tokens) == (True, 2)
@@ -236,7 +236,7 @@ def test_a_likelihood_that_is_no_number_is_an_error():
     engine = LetterEngine()
     engine.log_probs_VV[:] = math.nan
     with pytest.raises(HotloopError, match="infinite or not a number"):
-        list(score_windows(engine, [TextEncoder(engine).pair("a", "b")]))
+        list(score_windows(engine, [TextEncoder(engine).encode_pair("a", "b")]))
 
 
 def test_rolling_windows_score_each_token_once_and_overlap_as_little_as_they_can():

@@ -258,6 +258,9 @@ def test_what_the_tool_calls_unstable_or_too_few_says_so_wherever_it_stands():
     rows = [text_of(row) for row in elements(root, "tr") if "(unstable)" in text_of(row)]
     assert rows, "the comparison with the recommended cell says it too"
     assert all("int4-g64/compile" in row for row in rows)
+    (compared,) = (t for t in elements(root, "table") if "baseline of this table" in text_of(t))
+    (row,) = (tr for tr in elements(compared, "tr") if "int8/eager" in text_of(tr))
+    assert text_of(elements(row, "td")[-1]) == "–", "it is neither on nor off the Pareto front"
 
 
 def test_equal_qualities_do_not_differ_and_noise_is_said_to_be_noise():
@@ -307,8 +310,8 @@ def test_parts_of_a_step_add_up_to_it_and_none_is_negative_even_beyond_the_bandw
         parts = (part.weights_s, part.cache_s, part.execution_s, part.rest_s)
         assert min(parts) >= 0
         assert sum(parts) == pytest.approx(part.step_s)
-    assert first.predicted_s == pytest.approx(first.step_s), "never more than the step"
-    assert last.predicted_s == pytest.approx(0.1 * last.step_s)
+    assert first.limit_s == pytest.approx(first.step_s), "never more than the step"
+    assert last.limit_s == pytest.approx(0.1 * last.step_s)
     assert last.execution_s == pytest.approx(last.step_s - first.step_s)
 
 

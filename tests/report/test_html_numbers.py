@@ -24,7 +24,7 @@ from test_html_browser import with_verdict
 
 from hotloop.bench.record import Figure, GreedyFigures, Record, StepCost
 from hotloop.bench.statistics import mean_figure
-from hotloop.report import page, table
+from hotloop.report import published, table
 from hotloop.report.fields import value_of
 from hotloop.report.glossary import explain_names
 from hotloop.report.html import to_html
@@ -115,7 +115,7 @@ SHOWS = {
 
 
 def of_tables(root: Element) -> Iterator[Statement]:
-    for slug in ("figures", "page"):
+    for slug in ("figures", "published"):
         (part,) = (e for e in elements(root, "section") if e.get("aria-labelledby") == f"g1-{slug}")
         for tr in elements(elements(part, "tbody")[0], "tr"):
             (link,) = elements(tr, "a")
@@ -437,7 +437,7 @@ def of_sentences(root: Element) -> Iterator[Statement]:
             else:
                 yield Statement(element, stripped(text), sentence)
     headings = {"95% interval"} | {
-        column.heading for column in (*table.FIGURES, *page.LABELS, *page.SPEEDS)
+        column.heading for column in (*table.FIGURES, *published.LABELS, *published.SPEEDS)
     }
     for th in elements(root, "th"):
         text = text_of(th).removeprefix("★ ")

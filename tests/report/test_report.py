@@ -15,7 +15,7 @@ from hotloop.errors import ConfigError
 from hotloop.report.context import RANDOM_ACCEPTANCE
 from hotloop.report.layout import to_markdown, to_rich
 from hotloop.report.numbers import divergence, memories, memory, percent, significant, uncertain
-from hotloop.report.page import make_page
+from hotloop.report.published import make_published_tables
 from hotloop.report.read import latest, read_records
 from hotloop.report.recommend import recommend
 from hotloop.report.table import make_table, to_csv
@@ -243,17 +243,20 @@ def test_an_mbu_above_100_percent_has_a_note_with_its_cause_and_no_other_has():
     slowed = on_device("b/eager", 1.2, read_bytes_per_s=30e9)
     unknown = on_device("c/eager", 1.003)
     below = on_device("d/eager", 0.999)
-    first = "MBU above 100%: a step reads more bytes per second than the read bandwidth, measured"
+    first = (
+        "MBU above 100%: a step reads more bytes per second than the read bandwidth that was "
+        "measured before,"
+    )
     (note,) = make_table([cached, below]).notes
     held = "The last-level cache (32 MiB) can hold 25% of these weights."
-    assert note == f"{first} as 40.0 GB/s before. {held}"
+    assert note == f"{first} 40.0 GB/s. {held}"
     (note,) = make_table([slowed, below]).notes
-    more = "For other cells 40.0 GB/s were measured; MBU is 90% of that."
-    assert note == f"{first} as 30.0 GB/s before. {more}"
+    more = "Before other cells 40.0 GB/s were measured; MBU is 90% of that."
+    assert note == f"{first} 30.0 GB/s. {more}"
     table = make_table([unknown, below])
     (note,) = table.notes
     may = "A cache may hold a part of the weights, or other work slowed that measurement."
-    assert note == f"{first} as 40.0 GB/s before. {may}"
+    assert note == f"{first} 40.0 GB/s. {may}"
     of_mbu = [column.heading for column in table.columns].index("MBU")
     assert [row.cells[of_mbu] for row in table.rows] == ["100% [1]", "99%"]
     assert f"[1] {note}" in to_markdown(table)
@@ -263,7 +266,7 @@ def test_an_mbu_above_100_percent_has_a_note_with_its_cause_and_no_other_has():
 def test_an_mbu_above_100_percent_of_the_datasheet_has_a_note_too():
     made = on_device("a/eager", 0.9).model_copy(update={"mbu_datasheet": mean_figure([1.5] * 5)})
     (note,) = make_table([made]).notes
-    said = "a step reads more bytes per second than the datasheet says of the memory."
+    said = "a step reads more bytes per second than the memory bandwidth in the datasheet."
     assert note == f"MBU above 100%: {said} A cache may hold a part of the weights."
 
 
@@ -308,7 +311,7 @@ def test_notes_of_an_engine_are_said_once_in_a_table_and_beside_the_verdict_of_a
     assert table.notes == (note, sentence)
     assert not any(sentence in advice for advice in table.advice)
     assert recommend([REFERENCE, slow]).note == f"Notes on int8/eager: {note}. {sentence}"
-    (page,) = make_page([slow])
+    (page,) = make_published_tables([slow])
     assert note in page.notes
 
 
@@ -316,7 +319,7 @@ def test_other_engines_come_first_wherever_they_were_measured():
     theirs = record("vllm", 40, baseline="vllm")
     records = [REFERENCE, theirs, record("int8/eager", 50)]
     assert [one.cell for one in latest(records)] == ["vllm", "none/eager", "int8/eager"]
-    for table in (make_table(records), *make_page(records)):
+    for table in (make_table(records), *make_published_tables(records)):
         assert table.rows[0].record == theirs
 
 
@@ -325,7 +328,7 @@ def test_a_gpu_is_named_with_its_host():
     host = {"cpu": "A Processor", "n_cpus_allowed": 16}
     on_gpu = record("int8/eager", 50, provenance={"device": gpu, "host": host})
     assert dict(make_table([on_gpu]).context)["device"] == "A GPU, host A Processor, 16 CPUs"
-    assert make_page([on_gpu])[0].title.endswith("on A GPU")
+    assert make_published_tables([on_gpu])[0].title.endswith("on A GPU")
 
 
 def test_a_batch_has_the_speed_of_one_sequence_and_that_of_all():
@@ -401,7 +404,7 @@ def test_a_terminal_of_40_columns_shows_configuration_and_decode_speed_side_by_s
 
 
 def test_the_page_is_narrow_too():
-    (table,) = make_page(EVERYTHING)
+    (table,) = make_published_tables(EVERYTHING)
     out = io.StringIO()
     Console(file=out, width=40).print(to_rich(table))
     assert "100.30 ± 0.10" in out.getvalue()
@@ -532,7 +535,7 @@ def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):
     table = write_results(tmp_path, read_records(tmp_path))
     assert (tmp_path / "table.md").read_text() == to_markdown(table)
     assert (tmp_path / "table.csv").read_text() == to_csv(table)
-    (page,) = make_page(EVERYTHING)
+    (page,) = make_published_tables(EVERYTHING)
     assert (tmp_path / "page.md").read_text() == to_markdown(page)
     assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["cell"]
 

@@ -16,7 +16,7 @@ from report_records import drafting, record
 from rich.console import Console
 
 from hotloop.errors import ConfigError
-from hotloop.report import page
+from hotloop.report import published
 from hotloop.report.layout import to_markdown, to_rich
 from hotloop.report.read import read_records
 from hotloop.report.table import make_table, to_csv
@@ -35,12 +35,12 @@ def report(folder: Path, line: bytes) -> None:
     problems: list[str] = []
     records = read_records(path, on_problem=problems.append)
     assert GOOD in records
-    table, tables = make_table(records), page.make_page(records)
+    table, tables = make_table(records), published.make_published_tables(records)
     for each in (table, *tables):
         to_markdown(each)
         Console(width=40, file=open(os.devnull, "w")).print(to_rich(each))  # noqa: SIM115
     to_csv(table)
-    page.to_csv(tables)
+    published.to_csv(tables)
     write_results(folder, records)
     if problems:
         raise ConfigError(problems[0])

@@ -12,8 +12,8 @@ from hotloop.bench.statistics import mean_figure
 from hotloop.report.context import RANDOM_ACCEPTANCE
 from hotloop.report.html import to_html
 from hotloop.report.layout import to_markdown
-from hotloop.report.page import make_page
 from hotloop.report.plots import speculation_plot
+from hotloop.report.published import make_published_tables
 from hotloop.report.recommend import recommend
 from hotloop.report.speculation import Drafting, details, expected_tokens
 from hotloop.report.speculation import drafting as collect
@@ -77,7 +77,7 @@ def test_the_best_number_of_drafts_at_what_was_seen(acceptance, best):
 
 def test_the_speed_at_each_acceptance_is_that_of_the_best_number_of_drafts():
     cell = one(drafted())
-    for shown, p in zip(cell.shown_speeds, (0.6, 0.7, 0.8, 0.9, 0.95), strict=True):
+    for shown, p in zip(cell.speed_texts, (0.6, 0.7, 0.8, 0.9, 0.95), strict=True):
         speeds = {k: expected_tokens(p, k) / seconds for k, seconds in ((1, 0.012), (4, 0.020))}
         k = max(speeds, key=speeds.get)
         assert shown == f"{speeds[k]:.0f} ({k})"
@@ -108,7 +108,7 @@ def test_a_gain_with_an_unstable_speed_says_so(unstable):
     shaky = {"status": "unstable"}
     plain = PLAIN.model_copy(update=shaky if unstable == "plain" else {})
     with_drafts = drafted().model_copy(update=shaky if unstable == "drafted" else {})
-    gain = one(plain, with_drafts).shown_gain
+    gain = one(plain, with_drafts).gain_text
     assert gain.endswith(" (unstable)") == (unstable != "neither")
 
 
@@ -135,7 +135,7 @@ def test_an_assumed_acceptance_is_named_in_every_table_and_never_recommended():
     alone = recommend([assumed])
     assert alone.cell is None
     assert "every measured configuration has an assumed acceptance" in alone.why
-    table, (page,) = make_table(records), make_page(records)
+    table, (page,) = make_table(records), make_published_tables(records)
     for each in (table, page):
         text = to_markdown(each)
         assert "Assumed acceptance: each draft was accepted with probability 0.8," in text

@@ -13,7 +13,7 @@ from hotloop.baselines import ENGINES
 from hotloop.baselines.hotloop import ENGINE
 from hotloop.bench.record import Record
 from hotloop.engine import memory
-from hotloop.report.page import make_page
+from hotloop.report.published import make_published_tables
 from hotloop.sweep.cell import run_cell
 from hotloop.sweep.job import make_jobs
 from hotloop.sweep.plan import PlannedCell, plan
@@ -139,7 +139,7 @@ def run_all(recipe: Recipe) -> list[Record]:
 @pytest.mark.usefixtures("_one_small_gpu")
 def test_what_cannot_run_is_a_row_of_the_page_that_says_by_how_much(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda _: 4 * GIB)
-    (table,) = make_page(run_all(with_random_weights("llama-2-70b.yaml")))
+    (table,) = make_published_tables(run_all(with_random_weights("llama-2-70b.yaml")))
     assert table.title == "llama-2-70b, random weights on A small GPU"
     shown = {row.cells[:4]: row.cells[4] for row in table.rows}
     assert len(shown) == 24

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from hotloop.engine.setup import Setup
     from hotloop.text.tokenizer import Tokenizer
 
-_ALWAYS = ("weights", "seed", "engine", "checkpoint", "max_batch_size", "max_seq_len")
+_ANY_ENGINE = ("weights", "seed", "engine", "checkpoint", "max_batch_size", "max_seq_len")
+"""Levers that every engine supports, or that only choose the engine and its model."""
 
 
 def import_library(config: EngineConfig, module: str, package: str) -> Any:
@@ -59,7 +60,7 @@ def _broken(package: str, error: Exception) -> UnsupportedError:
 def check_levers(
     config: EngineConfig, supported: Iterable[str], choices: Mapping[str, Any]
 ) -> None:
-    """Refuses options that an engine does not support, so that none is ignored.
+    """Refuses options that an engine does not support, instead of ignoring them.
 
     Args:
         config: The configuration.
@@ -77,7 +78,7 @@ def check_levers(
                 f"{config.engine} does not support {name} {shorten_value(value)}. It supports: "
                 f"{listed}."
             )
-        if name in (*_ALWAYS, *supported, *choices) or value == getattr(EngineConfig, name):
+        if name in (*_ANY_ENGINE, *supported, *choices) or value == getattr(EngineConfig, name):
             continue
         raise UnsupportedError(
             f"{config.engine} does not support the option {name} ({shorten_value(value)}): leave "
@@ -86,7 +87,7 @@ def check_levers(
 
 
 def prepare_own(config: EngineConfig, quant: str = "none") -> Setup:
-    """Describes the model as hotloop reads it; see ``engine.setup.prepare``.
+    """Resolves another engine's model and device as hotloop would; see ``engine.setup.prepare``.
 
     Args:
         config: The configuration.
@@ -132,7 +133,7 @@ def tokenizer_of(config: EngineConfig) -> Tokenizer | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Converts prompts and answers of an engine from and to tokens.
+    """Converts an engine's prompts to token ids, and its answers from token ids.
 
     Attributes:
         engine: The engine's name, for errors.
@@ -157,14 +158,14 @@ class Tokens:
             RequestError: A prompt or an option cannot be served.
         """
         _check_greedy(self.engine, params)
-        made = [self._ids(prompt) for prompt in prompts]
-        longest = max(map(len, made), default=0) + self.new_tokens(params)
+        token_ids = [self._ids(prompt) for prompt in prompts]
+        longest = max(map(len, token_ids), default=0) + self.new_tokens(params)
         if longest > self.max_seq_len:
             raise RequestError(
                 f"a prompt and its answer take {longest} tokens, more than {self.max_seq_len}: "
                 "shorten them, or raise max_seq_len."
             )
-        return made
+        return token_ids
 
     def new_tokens(self, params: SamplingParams) -> int:
         """Returns the most tokens of an answer."""

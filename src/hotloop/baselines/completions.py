@@ -7,6 +7,7 @@ later requests, and ``refused`` lists it.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -91,7 +92,7 @@ class Completion:
         token_ids: Its tokens, if the server sends them.
         n_tokens: The number of its tokens, if the server reports it.
         n_prompt_tokens: Tokens of the prompt, if the server reports it.
-        finish_reason: The server's name of the reason why it ended.
+        finish_reason: Why it ended, as the server names it.
     """
 
     text: str
@@ -186,7 +187,7 @@ class CompletionsClient:
             for choice in part.choices[:1]:
                 finish = choice.finish_reason or finish
                 if not choice.text and not choice.token_ids:
-                    continue  # a role, or the end
+                    continue  # an event without tokens: the first one of some servers, or the last
                 times.append(at_s)
                 texts.append(choice.text or "")
                 if choice.token_ids is None:
@@ -241,8 +242,8 @@ class CompletionsClient:
             response = self._http.get(f"{self.url}/models")
         if response.status_code != 200:
             raise self._refusal(response.status_code, response.content)
-        said = parse_json(response.content, f"{self.url}/models", refuse=_refuse)
-        listed = validated(_Models, said, f"{self.url}/models", refuse=_refuse)
+        parsed = parse_json(response.content, f"{self.url}/models", refuse=_refuse)
+        listed = validated(_Models, parsed, f"{self.url}/models", refuse=_refuse)
         names = [model.id for model in listed.data]
         if not chosen and len(names) == 1:
             chosen = names[0]
@@ -316,11 +317,11 @@ class CompletionsClient:
                 f"{self.url} sent nothing for too long ({type(error).__name__})."
             ) from error
         except httpx2.HTTPError as error:
-            said = shorten(str(error)) or type(error).__name__
-            raise ServerError(f"{self.url} cannot be reached: {said}.") from error
+            message = shorten(str(error)) or type(error).__name__
+            raise ServerError(f"{self.url} cannot be reached: {message}.") from error
 
     def _leave_out(self, body: Mapping[str, Any], content: bytes, refusal: ServerError) -> None:
-        """Finds the field that the server refuses, to leave it out."""
+        """Records the fields that the server refuses, so that later requests leave them out."""
         text = content.decode(errors="replace")
         present = [name for name in OPTIONAL if name in body]
         named = [name for name in present if name in text]
@@ -331,24 +332,25 @@ class CompletionsClient:
         self._refused.update(named or present)
 
     def _parsed(self, data: bytes) -> _Completion:
-        said = parse_json(data, self.url, refuse=_refuse)
-        part = validated(_Completion, said, self.url, refuse=_refuse)
+        parsed = parse_json(data, self.url, refuse=_refuse)
+        part = validated(_Completion, parsed, self.url, refuse=_refuse)
         if part.error is not None:
             raise ServerError(f"{self.url} ended its answer with {shorten_value(part.error, 300)}.")
         return part
 
     def _refusal(self, status: int, content: bytes) -> ServerError:
-        said = shorten(" ".join(content[:2000].decode(errors="replace").split()))
-        return ServerError(f"{self.url} answers with status {status}: {said}")
+        message = shorten(" ".join(content[:2000].decode(errors="replace").split()))
+        return ServerError(f"{self.url} answers with status {status}: {message}")
 
 
 def _wait_s(retry_after: str | None, attempt: int) -> float:
-    """Returns the seconds to wait: as the server asks, or growing with each attempt."""
+    """Returns the seconds to wait: as the server asks, or else growing with each attempt."""
+    backoff_s = 0.5 * 2**attempt
     try:
-        asked = float(retry_after) if retry_after is not None else 0.5 * 2**attempt
+        asked_s = backoff_s if retry_after is None else float(retry_after)
     except ValueError:  # a date
-        asked = 0.5 * 2**attempt
-    return min(max(asked, 0.0), MAX_WAIT_S)
+        asked_s = backoff_s
+    return min(max(backoff_s if math.isnan(asked_s) else asked_s, 0.0), MAX_WAIT_S)
 
 
 def _logprobs(entry: dict[str, Any] | None, token: int) -> dict[int, float]:

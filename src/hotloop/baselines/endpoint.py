@@ -56,7 +56,7 @@ class EndpointEngine:
         started = time.perf_counter()
         self._config, self._client, self._setup = config, client, setup
         self._threads = ThreadPoolExecutor(config.max_batch_size)
-        self._several_per_piece = False
+        self._several_tokens_per_event = False
         self._tokens = Tokens(
             engine="endpoint",
             tokenizer=tokenizer_of(config),
@@ -85,7 +85,7 @@ class EndpointEngine:
                 "the server does not report the number of generated tokens (usage), so its speed "
                 "cannot be measured."
             )
-        self._several_per_piece |= answer.n_tokens > len(answer.times)
+        self._several_tokens_per_event |= answer.n_tokens > len(answer.times)
         return Generation(
             prompt_ids=prompt,
             token_ids=answer.token_ids or (),
@@ -112,7 +112,7 @@ class EndpointEngine:
     def describe(self) -> EngineDescription:
         """Describes the server, as far as the API reports it."""
         notes = ["TTFT and decode tok/s of a server include its queue and the transport."]
-        if self._several_per_piece:
+        if self._several_tokens_per_event:
             notes.append(
                 "The server sends several tokens per event. TTFT ends with the first event, and "
                 "decode tok/s is too high, since it counts this event's other tokens but not "
@@ -167,7 +167,7 @@ def create(config: EngineConfig) -> EndpointEngine:
 
 
 def check(config: EngineConfig) -> None:
-    """Refuses a cell without a URL, or with options that the server itself decides."""
+    """Refuses a cell without a URL, or with options that only the server can set."""
     check_levers(config, supported=("url", "device", "dtype"), choices={"quant": ("auto", "none")})
     if config.url is None:
         raise ConfigError(

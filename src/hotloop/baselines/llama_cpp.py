@@ -108,7 +108,7 @@ class LlamaCppEngine:
             raise HotloopError(
                 f"{len(ids)} prompts exceed max_batch_size {self._n_seqs}: raise it."
             )
-        self._forget()
+        self._clear_cache()
         answers: list[list[int]] = [[] for _ in ids]
         times: list[float] = []
         entries = [
@@ -138,7 +138,7 @@ class LlamaCppEngine:
 
         for window in windows:
             check_window(window, self._n_positions)
-            self._forget()
+            self._clear_cache()
             self._decode([(token, position, 0, True) for position, token in enumerate(window)])
             logits_TV = np.stack([self._logits(i) for i in range(len(window) - 1)])
             yield score_of(torch.from_numpy(logits_TV), window, full=full)
@@ -190,7 +190,7 @@ class LlamaCppEngine:
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
     def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:

@@ -1,4 +1,4 @@
-"""Measures the behavior of a server: latency, inter-event intervals, loops, reproducibility.
+"""Measures a server's behavior: latency, intervals between events, loops, reproducibility.
 
 It needs only the server's URL. Prompts are plain English that begins with a salt, a word that no
 earlier prompt had. So a server with a prefix cache has no part of a prompt the first time (cold),
@@ -24,8 +24,8 @@ _MIN_REPETITIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """How greedy answers to the same prompts differ.
+class AnswerDifferences:
+    """Counts of greedy answers to the same prompts that differ.
 
     Attributes:
         n: Pairs of answers.
@@ -69,8 +69,8 @@ class ServerBehavior:
     interval_s: tuple[float, float, float, float] | None
     tokens_per_event: Figure | None
     loop_share: Figure
-    repeated: Divergence
-    against: Divergence | None
+    repeated: AnswerDifferences
+    against: AnswerDifferences | None
     refused_fields: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def measure_server(
             of an answer, and its repeats the number of prompts. Its batch is not used.
         text: The text from which prompts are taken.
         against: A server of the same model, such as one without speculation.
-        on_prompt: Progress.
+        on_prompt: Called after each prompt with (prompts done, prompts in all).
 
     Raises:
         ServerError: A server fails.
@@ -125,14 +125,17 @@ def measure_server(
         interval_s=_quantiles([s for answer in both for s in answer.intervals_s]),
         tokens_per_event=_known([n and n / len(a.times) for a in both for n in (a.n_tokens,)]),
         loop_share=mean_figure([loop_share(answer.text) for answer in cold], within=(0, 1)),
-        repeated=divergence(cold, warm),
-        against=divergence(cold, other) if against is not None else None,
+        repeated=compare_answers(cold, warm),
+        against=compare_answers(cold, other) if against is not None else None,
         refused_fields=client.refused,
     )
 
 
 def loop_share(text: str) -> float:
-    """Returns the share of words in the third or later consecutive repetition of a passage."""
+    """Returns the share of a text's words that are in the third or a later repetition of a passage.
+
+    The repetitions are consecutive, and the passage has at most ``_MAX_PERIOD`` words.
+    """
     words = text.split()
     in_loop = [False] * len(words)
     for period in range(1, min(_MAX_PERIOD, len(words) // _MIN_REPETITIONS) + 1):
@@ -145,18 +148,18 @@ def loop_share(text: str) -> float:
     return sum(in_loop) / len(words) if words else 0.0
 
 
-def divergence(some: Sequence[Completion], others: Sequence[Completion]) -> Divergence:
+def compare_answers(some: Sequence[Completion], others: Sequence[Completion]) -> AnswerDifferences:
     """Compares answers to the same prompts, in pairs."""
     pairs = [(a.text, b.text) for a, b in zip(some, others, strict=True)]
     different = [(a, b) for a, b in pairs if a != b]
-    return Divergence(
+    return AnswerDifferences(
         n=len(pairs),
         n_equal=len(pairs) - len(different),
-        first_difference=tuple(_common(a, b) for a, b in different),
+        first_difference=tuple(_common_prefix_length(a, b) for a, b in different),
     )
 
 
-def _common(a: str, b: str) -> int:
+def _common_prefix_length(a: str, b: str) -> int:
     unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(unequal, min(len(a), len(b)))
 

@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 TOP_K = 20
 """The number of most likely tokens at each position that scores use; vLLM's default maximum."""
 
-_CONFIG = "config.json"
-
 _SPEED_VARIABLES = (
     "VLLM_ATTENTION_BACKEND",
     "VLLM_DISABLED_KERNELS",
@@ -58,7 +56,7 @@ _SPEED_VARIABLES = (
     "VLLM_USE_FLASHINFER_SAMPLER",
     "VLLM_WORKER_MULTIPROC_METHOD",
 )
-"""Environment variables that change how it runs; other variables may hold keys and paths."""
+"""Environment variables that change its speed, and are recorded; others may hold keys and paths."""
 
 
 class VllmEngine:
@@ -74,17 +72,17 @@ class VllmEngine:
         started = time.perf_counter()
         self._config, self._vllm, self._setup = config, vllm, setup
         self._sampling = import_library(config, "vllm.sampling_params", "vllm")
-        self._names = map(str, itertools.count())
-        self._opened = ExitStack()
+        self._request_ids = map(str, itertools.count())
+        self._resources = ExitStack()
         self._options = _options(config, setup)
         path = setup.path
         if config.weights == "random":
-            folder = self._opened.enter_context(TemporaryDirectory())
-            path = _write_description(Path(folder), config, setup)
+            folder = self._resources.enter_context(TemporaryDirectory())
+            path = _write_config(Path(folder), config, setup)
         try:
             self._llm = vllm.LLM(model=str(path), **self._options)
         except BaseException:
-            self._opened.close()
+            self._resources.close()
             raise
         self._tokens = Tokens(
             engine="vllm",
@@ -98,11 +96,11 @@ class VllmEngine:
         """Answers every prompt, all at once; a token's time is the end of its step."""
         started = time.perf_counter()
         ids, engine = self._tokens.prompts(prompts, params), self._llm.llm_engine
-        names = list(itertools.islice(self._names, len(ids)))
-        for name, prompt in zip(names, ids, strict=True):
-            engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._greedy(params))
-        tokens: dict[str, list[int]] = {name: [] for name in names}
-        times: dict[str, list[float]] = {name: [] for name in names}
+        request_ids = list(itertools.islice(self._request_ids, len(ids)))
+        for request_id, prompt in zip(request_ids, ids, strict=True):
+            engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, self._greedy(params))
+        tokens: dict[str, list[int]] = {request_id: [] for request_id in request_ids}
+        times: dict[str, list[float]] = {request_id: [] for request_id in request_ids}
         while engine.has_unfinished_requests():
             outputs = engine.step()
             at_s = time.perf_counter() - started
@@ -111,8 +109,8 @@ class VllmEngine:
                 tokens[output.request_id] += new
                 times[output.request_id] += [at_s] * len(new)
         return [
-            self._tokens.answer(prompt, tokens[name], times[name], params)
-            for name, prompt in zip(names, ids, strict=True)
+            self._tokens.answer(prompt, tokens[request_id], times[request_id], params)
+            for request_id, prompt in zip(request_ids, ids, strict=True)
         ]
 
     def _greedy(self, params: SamplingParams) -> Any:
@@ -180,7 +178,7 @@ class VllmEngine:
         del self._llm
         if shutdown is not None:
             shutdown()
-        self._opened.close()
+        self._resources.close()
 
 
 def _options(config: EngineConfig, setup: Setup) -> dict[str, Any]:
@@ -208,7 +206,7 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_description(folder: Path, config: EngineConfig, setup: Setup) -> Path:
+def _write_config(folder: Path, config: EngineConfig, setup: Setup) -> Path:
     """Writes the ``config.json`` of random weights, with the requested quantization."""
     if setup.path is None:
         from hotloop.models.shapes import shape
@@ -220,7 +218,7 @@ def _write_description(folder: Path, config: EngineConfig, setup: Setup) -> Path
     keys.pop("quantization_config", None)
     if quantization := _QUANTIZATIONS.get(config.quant):
         keys["quantization_config"] = quantization
-    write_json(folder / _CONFIG, keys)
+    write_json(folder / "config.json", keys)
     return folder
 
 
@@ -245,11 +243,11 @@ def _gptq(bits: int, group_size: int) -> dict[str, Any]:
     }
 
 
-_GROUPS = (32, 64, 128)
+_GROUP_SIZES = (32, 64, 128)
 
 _QUANTIZATIONS: Mapping[str, dict[str, Any]] = {
-    **{f"int4-g{size}-asym": _awq(size) for size in _GROUPS},
-    **{f"int4-g{size}": _gptq(4, size) for size in _GROUPS},
+    **{f"int4-g{size}-asym": _awq(size) for size in _GROUP_SIZES},
+    **{f"int4-g{size}": _gptq(4, size) for size in _GROUP_SIZES},
     "int8": _gptq(8, -1),
 }
 """vLLM's quantizations with the number format of a scheme of hotloop."""
@@ -259,10 +257,10 @@ def _stored_scheme(quantization: Mapping[str, Any] | None) -> str:
     """Names the scheme of hotloop with a checkpoint's number format."""
     if quantization is None:
         return "none"
-    told = {key: value for key, value in quantization.items() if value is not None}
+    given = {key: value for key, value in quantization.items() if value is not None}
     for name, known in _QUANTIZATIONS.items():
         decisive = ("quant_method", "bits", "group_size", "zero_point", "sym")
-        if all(told.get(key) == known[key] for key in decisive if key in known):
+        if all(given.get(key) == known[key] for key in decisive if key in known):
             return name
     return str(quantization.get("quant_method", "another"))
 

@@ -3,15 +3,15 @@
 The definitions (docs/measuring.md has them for users):
 
 - TTFT: submit to the first token on the host. TPOT: (end-to-end - TTFT) / (n - 1). Decode tok/s: 1
-  / TPOT. End-to-end tok/s: n / end-to-end. Each is a value of one request; in a batch a repeat's
-  value is the mean over its requests. Only ``aggregate_tok_s`` is for the whole batch.
+  / TPOT. End-to-end tok/s: n / end-to-end. Each is a value of one request; with a batch, the value
+  of a repeat is the mean over its requests. Only ``aggregate_tok_s`` is for the whole batch.
 - A repeat is the independent sample: a figure's mean, interval and ``n`` are over repeats.
 - MBU: bytes that one decode step must read, over the time of a step, over the bandwidth. With
   speculation a step is not a token, and MBU is undefined.
 
 The engine counts tokens and reads the clock itself (:class:`~hotloop.types.Timing`), so that work
-between submitting and the first forward counts too. Loading and compiling are not included: engines
-report them separately.
+between submission and the first forward pass counts too. Loading and compiling are not included:
+engines report them separately.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ def measure_speed(
             sm_clock_mhz.append(_sm_clock_mhz(description.device))
             timings = [generation.timing for generation in generations]
             repeats.append(timings)
-            drafting.append(_drafting(generations))
+            drafting.append(_sum_speculation(generations))
             if on_repeat:
                 on_repeat(repeat, workload.repeats, _mean(timings, lambda t: t.decode_tok_s))
 
     def figure(of_one_request: Callable[[Timing], float]) -> Figure:
         return mean_figure([_mean(timings, of_one_request) for timings in repeats])
 
-    speculation = _speculation(description.config, drafting)
+    speculation = _speculation_figures(description.config, drafting)
     if speculation is not None and isinstance(engine, DraftingEngine):
         costs = engine.step_costs(
             _prompts(workload, description.vocab_size, 0),
@@ -157,7 +157,7 @@ def measure_speed(
 
 
 def bytes_read_per_step(description: EngineDescription, workload: Workload) -> float | None:
-    """Counts the bytes that an average timed decode step reads on one rank: weights and KV cache.
+    """Computes the mean bytes that a timed decode step reads on one rank: weights and KV cache.
 
     The timed steps generate tokens 2 to n. The step that generates token i + 1 attends to the
     prompt and i answer tokens, so the average is prompt + n / 2.
@@ -215,13 +215,13 @@ def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> li
     return generations
 
 
-def _drafting(generations: Sequence[Generation]) -> Speculation | None:
+def _sum_speculation(generations: Sequence[Generation]) -> Speculation | None:
     """Sums the drafting statistics of a repeat's requests; None without drafts."""
     each = [g.speculation for g in generations if g.speculation is not None]
     return sum(each, Speculation()) if each else None
 
 
-def _speculation(
+def _speculation_figures(
     config: EngineConfig, repeats: Sequence[Speculation | None]
 ) -> SpeculationFigures | None:
     """Makes the drafting figures of all repeats."""

@@ -128,8 +128,8 @@ def score_statistic(strata: Sequence[Flips], loss: float) -> float:
 def score_limits(strata: Sequence[Flips], *, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Computes the lower and the upper limit of the accuracy lost, each one-sided."""
     z = _NORMAL.inv_cdf(confidence)
-    lower = _crossing(lambda loss: score_statistic(strata, loss) - z)
-    return lower, _crossing(lambda loss: score_statistic(strata, loss) + z)
+    lower = _find_root(lambda loss: score_statistic(strata, loss) - z)
+    return lower, _find_root(lambda loss: score_statistic(strata, loss) + z)
 
 
 def compare_over_tasks(
@@ -195,15 +195,15 @@ def needed_items(flips: Flips, margin: float) -> int | None:
         The number of items; None if there are as many already and the observed loss is beyond the
         margin, so that more items can hardly help.
     """
-    seen = (flips.worse - flips.better) / flips.n
+    observed = (flips.worse - flips.better) / flips.n
     rate = (flips.worse + flips.better) / flips.n
     needed = max(
-        items_for_power(rate, margin, loss=loss) for loss in {0.0, seen} if 0 <= loss < margin
+        items_for_power(rate, margin, loss=loss) for loss in {0.0, observed} if 0 <= loss < margin
     )
     needed = max(needed, math.floor(_Z**2 * (1 - margin) / margin) + 1)  # if no item differs
     if needed > flips.n:
         return needed
-    return flips.n + 1 if seen < margin else None
+    return flips.n + 1 if observed < margin else None
 
 
 def items_for_power(rate: float, margin: float, *, loss: float = 0.0) -> int:
@@ -234,18 +234,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _restricted_better(flips: Flips, loss: float) -> float:
-    """Returns the most likely rate of better items, if that of worse items is ``loss`` higher."""
+    """Returns Tango's estimate of the rate of better items.
+
+    It maximizes the likelihood, under the constraint that the rate of worse items is ``loss``
+    higher.
+    """
     a = 2 * flips.n
     b = -flips.worse - flips.better + (2 * flips.n - flips.worse + flips.better) * loss
     c = -flips.better * loss * (1 - loss)
     return max(0.0, (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a))
 
 
-def _crossing(falling: Callable[[float], float]) -> float:
-    """Bisects a falling function of a loss in -1 to 1 for its zero."""
+def _find_root(decreasing: Callable[[float], float]) -> float:
+    """Finds the root of a decreasing function of a loss between -1 and 1, by bisection."""
     low, high = -1.0, 1.0
     while (middle := (low + high) / 2) not in (low, high):
-        if falling(middle) > 0:
+        if decreasing(middle) > 0:
             low = middle
         else:
             high = middle

@@ -38,7 +38,7 @@ Reason = Annotated[str, Field(max_length=65_536)]
 MAX_NUMBER = 1e30
 
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
-"""A measured number, within limits that tables have room for."""
+"""A measured number, in a range that tables have room for."""
 
 Share = Annotated[float, Field(ge=-1, le=1)]
 """A share of a whole, or the difference of two."""
@@ -129,14 +129,14 @@ class NonInferiority(StrictModel):
     """A paired comparison of accuracy with the reference's; see ``bench.paired``.
 
     Attributes:
-        outcome: ``pass``: a loss of ``margin`` or more is ruled out; ``fail``: the loss exceeds
-            ``margin``; ``underpowered``: there are too few items to tell.
+        outcome: ``pass``: a loss of ``margin`` or more is ruled out; ``fail``: the loss is shown
+            to exceed ``margin``; ``underpowered``: there are too few items to tell.
         n: Items that both answered.
         worse: Items right by the reference and wrong here.
         better: Items wrong by the reference and right here.
         loss: Accuracy lost, ``(worse - better) / n``; negative if accuracy rose.
         limits: Lower and upper one-sided 95 % limit of the loss.
-        margin: The loss that would matter: 1 % of the reference's accuracy.
+        margin: The loss that would matter: by default 1 % of the reference's accuracy.
         p: The p-value of the hypothesis that the loss is ``margin`` or more. If one configuration
             is chosen from several, ``bench.paired.holm`` adjusts it.
         mcnemar_p: The two-sided p-value of the hypothesis that nothing changed.
@@ -199,7 +199,7 @@ class DepthFigures(StrictModel):
     Attributes:
         start: The first token's position in its window; the first predicted token has position 1.
         end: The position after the last token.
-        perplexity: See ``Record``, also for the other figures.
+        perplexity: See ``evaluate.quality.Quality``, also for the other figures.
     """
 
     start: Count
@@ -370,8 +370,8 @@ class Record(StrictModel):
     ``baseline`` names the measured engine, if it is not hotloop's own.
 
     Quality: see ``evaluate.quality.Quality`` for the figures over windows of the text.
-    ``perplexity`` is by the protocol ``gptq``, and ``other_perplexities`` by the protocols that it
-    names. ``kl_floor`` is the reference's divergence from itself, scored again in windows of
+    ``perplexity`` is by the protocol ``gptq``, and ``other_perplexities`` by the protocols that its
+    keys name. ``kl_floor`` is the reference's divergence from itself, scored again in windows of
     another length: the effect of rounding alone. ``by_depth`` has the same figures by position, if
     windows are long.
     """

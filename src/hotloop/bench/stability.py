@@ -93,20 +93,21 @@ def explain_instability(
         pattern = f"{cause}, from {low:.2f} to {high:.2f} tokens per step"
     else:
         pattern = _pattern(seconds)
-    what = (
+    reason = (
         f"time per token varies by {_beyond_limit(variation)} between repeats "
         f"(coefficient of variation, limit {MAX_VARIATION:.0%}): {pattern}"
     )
     busy = max((share for share in others_cpu if share is not None), default=0.0)
     if busy >= _BUSY_CPU:
-        what += f"; other processes took up to {busy:.0%} of the CPU meanwhile"
+        reason += f"; other processes took up to {busy:.0%} of the CPU meanwhile"
     clocks = [clock for clock in sm_clock_mhz if clock is not None]
     if clocks and min(clocks) < (1 - _CLOCK_CHANGE) * max(clocks):
-        what += f"; the GPU's clock varied between {min(clocks):.0f} and {max(clocks):.0f} MHz"
-    return what
+        reason += f"; the GPU's clock varied between {min(clocks):.0f} and {max(clocks):.0f} MHz"
+    return reason
 
 
 def _pattern(seconds: Sequence[float]) -> str:
+    """Describes how times of repeats differ (drift, an outlier, noise), and what could cause it."""
     n = len(seconds)
     if n < MIN_REPEATS_FOR_A_CAUSE:
         return f"{n} repeats are too few to tell why"
@@ -121,18 +122,18 @@ def _pattern(seconds: Sequence[float]) -> str:
                 "limit lowers the clocks or memory runs short"
             )
         return f"it fell steadily, by {change:.0%} from first to last, as in a warm-up"
-    middle = statistics.median(seconds)
-    odd = max(range(n), key=lambda i: abs(seconds[i] - middle))
-    others = [*seconds[:odd], *seconds[odd + 1 :]]
+    median = statistics.median(seconds)
+    outlier = max(range(n), key=lambda i: abs(seconds[i] - median))
+    others = [*seconds[:outlier], *seconds[outlier + 1 :]]
     if _variation(others) > MAX_VARIATION:
         return "with no pattern, as on a shared machine or with changing clocks"
-    change = seconds[odd] / statistics.fmean(others) - 1
-    apart = f"repeat {odd + 1} took {abs(change):.0%} {'longer' if change > 0 else 'less'}"
-    if odd == 0 and change > 0:
-        return f"{apart} than the others, as when the warm-up was too short"
+    change = seconds[outlier] / statistics.fmean(others) - 1
+    took = f"repeat {outlier + 1} took {abs(change):.0%} {'longer' if change > 0 else 'less'}"
+    if outlier == 0 and change > 0:
+        return f"{took} than the others, as when the warm-up was too short"
     if change < 0:
-        return f"{apart} than the others, as when another process slowed the others"
-    return f"{apart} than the others, as when another process interferes"
+        return f"{took} than the others, as when another process slowed the others"
+    return f"{took} than the others, as when another process interferes"
 
 
 def _beyond_limit(variation: float) -> str:
@@ -144,6 +145,7 @@ def _beyond_limit(variation: float) -> str:
 
 
 def _variation(seconds: Sequence[float]) -> float:
+    """Returns the coefficient of variation: standard deviation / mean; 0 for a single value."""
     if len(seconds) < 2:
         return 0.0
     return statistics.stdev(seconds) / statistics.fmean(seconds)

@@ -24,7 +24,7 @@ from hotloop.cli.output import note, print_json, print_pairs, progress_bar, show
 from hotloop.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hotloop.baselines.server_behavior import Divergence, ServerBehavior
+    from hotloop.baselines.server_behavior import AnswerDifferences, ServerBehavior
     from hotloop.bench.record import Figure
 
 app = App(
@@ -151,7 +151,7 @@ def _shown(behavior: ServerBehavior) -> list[tuple[str, str]]:
     def counted(figure: Figure | None, digits: int = 4) -> str:
         return significant(figure.mean, digits) if figure else "not reported"
 
-    def differences(found: Divergence) -> str:
+    def differences(found: AnswerDifferences) -> str:
         equal = f"{found.n_equal} of {found.n} answers are equal"
         if not found.first_difference:
             return equal

@@ -126,7 +126,7 @@ def _show(found: Comparison) -> None:
             unit = _UNITS[compared.quantity] if compared.change is not None else ""
             why = f" ({compared.why})" if compared.why else ""
             name = cell.name if number == 0 else ""
-            texts = (name, compared.quantity, compared.shown + unit, compared.verdict + why)
+            texts = (name, compared.quantity, compared.text + unit, compared.verdict + why)
             grid.add_row(*map(Text, texts))
     print_rich(grid)
     for cell in found.cells:

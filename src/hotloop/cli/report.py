@@ -79,7 +79,7 @@ def report(
     incomplete are skipped, with a note on standard error. --layout reference is
     the layout of published tables of decoding speed.
     """
-    from hotloop.report import page, table
+    from hotloop.report import published, table
     from hotloop.report.html import to_html
     from hotloop.report.layout import to_markdown, to_rich
     from hotloop.report.png import check_library
@@ -120,7 +120,7 @@ def report(
     if layout == "full":
         tables = [table.make_table(experiments[0], max_delta_ln_ppl=tolerance)]
     else:
-        tables = page.make_page(*experiments)
+        tables = published.make_published_tables(*experiments)
     if json or form == "json":
         for row in (row for each in tables for row in each.rows):
             print_json(row.record.model_dump(mode="json"))
@@ -130,7 +130,7 @@ def report(
             print_text("\n".join(map(to_markdown, tables)), end="")
         case "csv":
             full = layout == "full"
-            print_text(table.to_csv(tables[0]) if full else page.to_csv(tables), end="")
+            print_text(table.to_csv(tables[0]) if full else published.to_csv(tables), end="")
         case _:
             for each in tables:
                 print_rich(to_rich(each))

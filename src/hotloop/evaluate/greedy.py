@@ -1,8 +1,9 @@
 """Compares greedy answers with the same engine's scores.
 
-Scoring uses no drafts, no sampling and no cache that grows token by token. So the answers of the
-timed engine are scored afterwards: every token should be the most likely one, except for near-ties,
-which the order of additions decides.
+The other figures of quality come from scoring, which uses neither drafts nor sampling nor a KV
+cache that grows token by token, so a bug in these would not show. Here the timed engine decodes
+greedily, and its answers are scored afterwards: every generated token should be the most likely
+one, except where two are so close that rounding decides.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ def greedy_agreement(
     Args:
         engine: The engine, as it is timed.
         windows: The windows of a text.
-        on_prompt: Called after each prompt with the number of finished prompts and of all.
+        on_prompt: Called after each prompt with (prompts done, prompts in all).
 
     Returns:
-        The agreement; None if the windows are too short for a prompt and an answer.
+        The agreement; None if the windows are too short for a prompt and an answer, or if the
+        engine does not return the tokens of its answers, as some servers do not.
     """
     n_prompt = min(MAX_PROMPT_TOKENS, len(windows[0]) // 2)
     n_new = min(MAX_NEW_TOKENS, len(windows[0]) - n_prompt)
@@ -41,14 +43,16 @@ def greedy_agreement(
     params = SamplingParams(max_new_tokens=n_new, ignore_eos=True)
     # One prompt at a time: an engine that is timed on one row has no more.
     answers = [engine.generate([prompt], params)[0].token_ids for prompt in prompts]
+    if not all(answers):
+        return None
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     same, trials, gap_max = [], [], 0.0
     for i, score in enumerate(engine.score(texts, full=True)):
-        n, scored = len(answers[i]), score.log_probs if score.top is None else score.top[1]
-        assert scored is not None, (
+        n, log_probs = len(answers[i]), score.log_probs if score.top is None else score.top[1]
+        assert log_probs is not None, (
             "the engine returned no whole distributions, which were requested"
         )
-        gaps = scored[-n:].amax(dim=-1) - score.token_logprobs[-n:]
+        gaps = log_probs[-n:].amax(dim=-1) - score.token_logprobs[-n:]
         gap_max = max(gap_max, gaps.max().item())
         same.append(int((gaps <= 0).sum()))  # any of equally likely tokens may be generated
         trials.append(n)

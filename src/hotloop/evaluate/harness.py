@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, answered through its Python interface (extra ``hotloop[eval]``).
+"""Runs tasks of lm-eval through its Python interface (extra ``hotloop[eval]``).
 
 lm-eval loads the data, writes the prompts and judges the answers; ``harness_model`` is its model.
 Its comparison of two models is an unpaired test and is not used: a task yields right and wrong
@@ -53,7 +53,7 @@ def load(argument: str, n_items: int | None) -> HarnessTask:
         return HarnessTask(name=argument, spec=argument, n_items=n_items)
     path = Path(argument)
     return HarnessTask(
-        name=path.stem, spec=str(path), n_items=n_items, content=tuple(_content_of(path))
+        name=path.stem, spec=str(path), n_items=n_items, content=tuple(_content_hashes(path))
     )
 
 
@@ -62,15 +62,15 @@ def is_file(argument: str) -> bool:
     return argument.endswith((".yaml", ".yml"))
 
 
-def _content_of(path: Path) -> Iterator[str]:
-    """Hashes a task's file, and the data files that it names."""
+def _content_hashes(path: Path) -> Iterator[str]:
+    """Yields SHA-256 hashes, hexadecimal, of a task's file and of the data files that it names."""
     text = read_text(path, limit=MAX_FILE_BYTES, refuse=config_error)
     yield hashlib.sha256(text.encode()).hexdigest()
     try:
-        said = yaml.load(text, _TagsIgnored)
+        task = yaml.load(text, _TagIgnoringLoader)
     except yaml.YAMLError as error:
         raise config_error(path, f"is not YAML: {shorten(str(error))}") from error
-    options = said.get("dataset_kwargs") if isinstance(said, dict) else None
+    options = task.get("dataset_kwargs") if isinstance(task, dict) else None
     files = options.get("data_files") if isinstance(options, dict) else None
     for name in sorted(_strings(files)):
         if Path(name).is_file():
@@ -89,11 +89,11 @@ def _strings(value: Any) -> Iterator[str]:
                 yield from _strings(each)
 
 
-class _TagsIgnored(yaml.SafeLoader):
+class _TagIgnoringLoader(yaml.SafeLoader):
     """Reads lm-eval's files, and ignores the tag ``!function``, which names Python code."""
 
 
-_TagsIgnored.add_multi_constructor("!", lambda _loader, _suffix, _node: None)
+_TagIgnoringLoader.add_multi_constructor("!", lambda _loader, _suffix, _node: None)
 
 
 @dataclass(kw_only=True)
@@ -105,6 +105,7 @@ class HarnessTask:
         spec: The argument for lm-eval: the name, or the file's path.
         n_items: The most items to take; None for all.
         content: Hashes of its file and data, if it is a file.
+        metric: The metrics that can decide whether an answer is right, in order of preference.
         chance: The accuracy of guessing, which is known with the answers; None before.
     """
 
@@ -121,8 +122,8 @@ class HarnessTask:
     @property
     def sha256(self) -> str:
         """Hash of the name, the content of its files, the number of items and lm-eval's version."""
-        of = [self.name, self.n_items, version("lm-eval"), *self.content]
-        return hashlib.sha256(json.dumps(of).encode()).hexdigest()
+        identity = [self.name, self.n_items, version("lm-eval"), *self.content]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def answer(self, engine: Engine, on_item: OnItem) -> list[bool]:
         """Runs lm-eval with the engine as its model.
@@ -157,7 +158,9 @@ class HarnessTask:
 def chance_of(
     samples: Mapping[str, Sequence[dict[str, Any]]], configs: Mapping[str, dict[str, Any]]
 ) -> float:
-    """Computes the accuracy of guessing: 1 / number of choices, or 0 without choices.
+    """Computes the accuracy of guessing: the mean over items of 1 / number of choices.
+
+    An item without choices counts as 0.
 
     Args:
         samples: lm-eval's samples of each task.

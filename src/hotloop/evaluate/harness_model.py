@@ -4,9 +4,9 @@
 
 Requests are tokenized by ``evaluate.likelihood``, in the same way as by lm-eval's own Hugging Face
 backend, and results are the same except for rounding. All requests of a kind go to the engine in
-one call, which may batch them. ``prefix_token_id`` is BOS if the model has one: the default of
-lm-eval's base class is the end-of-sequence token, and models that were never trained with that
-token first lose most of their accuracy. Chat templates are not applied.
+one call, which may batch them. ``prefix_token_id`` is BOS if the model has one. lm-eval's base
+class would put the end-of-sequence token there; a model that was not trained with that token at the
+beginning loses most of its accuracy. Chat templates are not applied.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class EngineLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The most tokens before a predicted token."""
+        """The most tokens of context before a predicted token."""
         return self._max_tokens - 1
 
     @property
@@ -123,14 +123,14 @@ class EngineLM(TemplateLM):
         return answers
 
     def _params(self, options: dict[str, Any]) -> SamplingParams:
-        said = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
-        stop: Sequence[str] = handle_stop_sequences(said.get("until"), eos=None)
+        options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
+        stop: Sequence[str] = handle_stop_sequences(options.get("until"), eos=None)
         sampling: dict[str, Any] = {}
-        if said.get("do_sample"):
+        if options.get("do_sample"):
             names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            sampling = {name: said[name] for name in names if name in said}
+            sampling = {name: options[name] for name in names if name in options}
         return SamplingParams(
-            max_new_tokens=said["max_gen_toks"],
+            max_new_tokens=options["max_gen_toks"],
             stop=tuple(text for text in stop if text),
             seed=0,
             **sampling,

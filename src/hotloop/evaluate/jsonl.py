@@ -149,7 +149,7 @@ class ItemTask:
     def answer(self, engine: Engine, on_item: OnItem) -> list[bool]:
         """Scores the pairs of all items in one call of the engine."""
         encoder = TextEncoder(engine)
-        windows = [[encoder.pair(*pair) for pair in item.pairs] for item in self.items]
+        windows = [[encoder.encode_pair(*pair) for pair in item.pairs] for item in self.items]
         scores = score_windows(engine, itertools.chain.from_iterable(windows))
         right = []
         for item, own in zip(self.items, windows, strict=True):
@@ -187,22 +187,22 @@ def _items(path: Path) -> Iterator[Item]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        said = parse_json(line, place, refuse=config_error)
-        form = next((form for key, form in FORMS.items() if key in said), None)
+        data = parse_json(line, place, refuse=config_error)
+        form = next((form for key, form in FORMS.items() if key in data), None)
         if form is None:
             raise config_error(
                 place,
                 "an item must have query, choices and gold; or context_options, continuation and "
-                f"gold; or context and continuation; not {', '.join(said) or 'no key'}",
+                f"gold; or context and continuation; not {', '.join(data) or 'no key'}",
             )
-        yield validated(form, said, place, refuse=config_error)
+        yield validated(form, data, place, refuse=config_error)
 
 
 def _distinct(items: Iterable[Item]) -> Iterator[Item]:
     seen = set()
     for item in items:
-        if (said := item.model_dump_json()) not in seen:
-            seen.add(said)
+        if (serialized := item.model_dump_json()) not in seen:
+            seen.add(serialized)
             yield item
 
 

@@ -1,10 +1,10 @@
-"""Scores texts that continue other texts, through the ``Engine`` protocol.
+"""Scores continuations of contexts, through the ``Engine`` protocol.
 
-A pair of texts is tokenized as in lm-eval: as one text, of which the tokens after those of the
-context alone are the continuation's; spaces at the end of the context belong to the continuation. A
-BOS token comes first if the model's own tokenizer puts one before a text. A continuation without
-context always gets one, since its first token needs a preceding token; a model without BOS has its
-end-of-sequence token there.
+A context and its continuation are tokenized as in lm-eval: together, as one text. The tokens after
+as many as the context has by itself are the continuation's. Spaces at the end of the context are
+moved to the continuation. A BOS token comes first if the model's own tokenizer puts one before a
+text. A continuation without context always gets one, since its first token needs a preceding token;
+a model without BOS has its end-of-sequence token there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hotloop.types import Engine, Score
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Token ids. The last ``n_scored`` are scored, each given all earlier tokens."""
+    """Token ids to score together: the last ``n_scored``, each given all earlier tokens."""
 
     ids: tuple[int, ...]
     n_scored: int
@@ -49,10 +49,10 @@ class TextEncoder:
     Args:
         engine: The engine.
         max_tokens: The most tokens of a window; None for the engine's own limit. Longer windows
-            lose tokens from the left.
+            are truncated on the left.
 
     Attributes:
-        n_cut: The number of windows that were truncated so far.
+        n_truncated: The number of windows that were truncated so far.
     """
 
     def __init__(self, engine: Engine, max_tokens: int | None = None) -> None:
@@ -61,7 +61,7 @@ class TextEncoder:
         bos_id = described.bos_id
         self._begin = [bos_id] if described.adds_bos and bos_id is not None else []
         self._max_tokens = max_tokens or described.max_seq_len
-        self.n_cut = 0
+        self.n_truncated = 0
         self._described = described
 
     @property
@@ -86,7 +86,7 @@ class TextEncoder:
         ids = self._engine.encode(text)
         return [*self._begin, *ids] if add_special else ids
 
-    def pair(self, context: str, continuation: str) -> Window:
+    def encode_pair(self, context: str, continuation: str) -> Window:
         """Tokenizes a continuation after its context, which can be empty.
 
         Raises:
@@ -122,7 +122,7 @@ class TextEncoder:
                 f"{self._max_tokens} tokens: raise max_seq_len (--max-seq-len)."
             )
         ids = (*before, *after)
-        self.n_cut += len(ids) > self._max_tokens
+        self.n_truncated += len(ids) > self._max_tokens
         return Window(ids=ids[-self._max_tokens :], n_scored=len(after))
 
 

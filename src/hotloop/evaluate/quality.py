@@ -5,10 +5,10 @@ them. So the comparison is paired: both models predict the same tokens of the sa
 figure is the difference per window. KL divergence uses the whole distribution, and shows changes
 that do not affect the correct token.
 
-All windows are of equal length, so the mean of their means is the mean over all predictions, and
-the interval is clustered by article, if the text has enough articles, else by window (see
-``bench.statistics``). It applies to further text of the same kind; other kinds of text can give
-other results. Sums are in float64.
+All windows are of equal length, so the mean of their means is the mean over all predictions.
+Intervals are clustered by article, if the text has enough articles, else by window (see
+``bench.statistics``). They hold for more text of the same kind; other kinds of text can give other
+results. Sums are in float64.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from hotloop.evaluate.reference import (
     ReferenceWriter,
     full_log_probs,
     hash_windows,
-    relative_half,
     row_slices,
+    shifted_float16,
 )
 from hotloop.types import Engine, Score
 
@@ -43,8 +43,8 @@ DEPTHS = (1024, 8192, 32768)
 """Positions that divide long windows into the parts of ``Quality.by_depth``."""
 
 MAX_FLOOR_TOKENS = 512
-"""The most tokens at the beginning of a window that are scored twice; half a window, if that is
-less."""
+"""The most tokens at the beginning of a window that are scored twice, for the floor of the KL
+divergence; half a window, if that is less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +156,10 @@ def measure_quality(
 
 @dataclass(frozen=True)
 class _Figures:
-    """Values of each prediction, a tensor [window - 1] per window; empty without a reference.
+    """Values of each prediction, a tensor [window - 1] per window.
 
-    ``partial`` says that ``kl`` has lower bounds.
+    Without a reference, all lists but ``nll`` are empty. ``partial`` says that ``kl`` has lower
+    bounds.
     """
 
     nll: list[Tensor]
@@ -217,18 +218,18 @@ def write_reference(
     """
     _check_windows(windows)
     n = max(2, min(len(windows[0]) // 2, MAX_FLOOR_TOKENS))
-    kept: list[Tensor] = []
+    stored: list[Tensor] = []
     with ReferenceWriter(path, key, windows).open() as writer:
 
         def add(index: int, score: Score) -> None:
             _finite(score.token_logprobs, "log-probabilities", index)
             writer.add(score)
             if index < key.n_floor:
-                kept.append(relative_half(full_log_probs(score, key.vocab_size)[: n - 1]).cpu())
+                stored.append(shifted_float16(full_log_probs(score, key.vocab_size)[: n - 1]).cpu())
 
         def add_floor(index: int, score: Score) -> None:
             log_q_TV = full_log_probs(score, key.vocab_size)
-            kl = kl_divergence(kept[index].float(), log_q_TV.cpu())
+            kl = kl_divergence(stored[index].float(), log_q_TV.cpu())
             writer.floor.append(_finite(kl, "divergences", index).mean().item())
 
         _score_each(engine, windows, add, full=True, on_window=on_window)
@@ -290,7 +291,10 @@ def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:
 
 
 def _coarse_kl(top: tuple[Tensor, Tensor], reference: Reference, index: int, rows: slice) -> Tensor:
-    """Computes the KL divergence with all tokens except ``top`` merged into one: a lower bound."""
+    """Computes the KL divergence with all tokens except ``top`` merged into one, float64 [rows].
+
+    Merging makes it a lower bound.
+    """
     ids_TK, log_q_TK = (part[rows].cpu() for part in top)
     log_p_TV = torch.log_softmax(reference.log_probs(index, rows), dim=-1)
     log_p_TK = log_p_TV.gather(1, ids_TK)

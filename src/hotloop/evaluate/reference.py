@@ -124,13 +124,13 @@ class Reference:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise _damaged(path, str(error)) from error
-        said = file.metadata() or {}
-        if said.get("format") != FORMAT:
+        stored = file.metadata() or {}
+        if stored.get("format") != FORMAT:
             raise CheckpointError(
                 path,
-                f"not a reference of format {FORMAT!r}, but {shorten_value(said.get('format'))}.",
+                f"not a reference of format {FORMAT!r}, but {shorten_value(stored.get('format'))}.",
             )
-        metadata = validated(_Metadata, said, path, refuse=_damaged)
+        metadata = validated(_Metadata, stored, path, refuse=_damaged)
         found = parse_json(metadata.key, path, refuse=_damaged)
         found = validated(ReferenceKey, found, path, prefix="key.", refuse=_damaged)
         if key.dtype is None:
@@ -213,7 +213,7 @@ class ReferenceWriter:
         self._top1.append(score.top1.cpu().long())
         self._token_logprobs.append(score.token_logprobs.cpu().float())
         for rows in row_slices(*log_probs.shape):
-            self._file.write(relative_half(log_probs[rows]).cpu().numpy().data)
+            self._file.write(shifted_float16(log_probs[rows]).cpu().numpy().data)
 
     def _finish(self) -> None:
         top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)
@@ -255,15 +255,15 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
     return log_probs
 
 
-def relative_half(log_probs_TV: Tensor) -> Tensor:
-    """Returns log-probabilities in their stored form: minus the row's maximum, float16 [T, V]."""
+def shifted_float16(log_probs_TV: Tensor) -> Tensor:
+    """Subtracts each row's maximum from log-probabilities [T, V], and rounds to float16."""
     return (log_probs_TV - log_probs_TV.amax(dim=-1, keepdim=True)).half()
 
 
 def row_slices(T: int, V: int) -> list[slice]:
-    """Slices rows so that intermediate results stay in cache and do not raise the peak."""
-    step = max(1, _CHUNK_ELEMENTS // V)
-    return [slice(i, min(i + step, T)) for i in range(0, T, step)]
+    """Slices T rows of V so that intermediate results stay in cache and need little memory."""
+    n_rows = max(1, _CHUNK_ELEMENTS // V)
+    return [slice(i, min(i + n_rows, T)) for i in range(0, T, n_rows)]
 
 
 def _damaged(file: Path | str, problem: str) -> CheckpointError:

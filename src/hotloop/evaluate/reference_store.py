@@ -75,10 +75,11 @@ class ReferenceStore:
                 found.append((status.st_size <= self.limit_bytes, status.st_mtime_ns, file))
         sizes = {file: file.stat().st_size for *_, file in found if file.exists()}
         total = sum(sizes.values())
+        # A file that alone exceeds the limit sorts first: removing others would not help.
         for _, _, file in sorted(found):
             if total <= self.limit_bytes:
                 break
-            with _unused(file) as unused:
+            with _locked_if_unused(file) as unused:
                 if unused:
                     file.unlink(missing_ok=True)
                     total -= sizes.get(file, 0)
@@ -92,8 +93,8 @@ def _lock_of(file: Path) -> Path:
 
 
 @contextmanager
-def _unused(file: Path) -> Iterator[bool]:
-    """Yields whether no command has locked a file; within the block, no other command can."""
+def _locked_if_unused(file: Path) -> Iterator[bool]:
+    """Locks a file for the block if no command uses it; yields whether it did."""
     with opened_to_append(_lock_of(file)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,11 +105,11 @@ def _unused(file: Path) -> Iterator[bool]:
 
 
 def _limit() -> int:
-    said = os.environ.get(LIMIT)
+    value = os.environ.get(LIMIT)
     try:
-        gb = DEFAULT_LIMIT_GB if said is None else float(said)
+        gb = DEFAULT_LIMIT_GB if value is None else float(value)
     except ValueError:
         gb = -1.0
     if not 0 <= gb < 1e9:
-        raise ConfigError(f"{LIMIT} must be a number of GB, 0 or more, not {shorten_value(said)}.")
+        raise ConfigError(f"{LIMIT} must be a number of GB, 0 or more, not {shorten_value(value)}.")
     return int(gb * 1e9)

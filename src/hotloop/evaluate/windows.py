@@ -13,8 +13,13 @@ ENOUGH_ARTICLES = 20
 """The fewest articles to cluster by: with fewer clusters, a standard error is imprecise."""
 
 _CHARS_PER_TOKEN = 8
+"""A first guess of the characters of a token; if it is too low, more of the text is tokenized."""
+
 _SPARE_TOKENS = 256
+"""Tokens before a cut of the text that are not used, since the cut may have changed them."""
+
 _LEAD_CHARS = 256
+"""Characters before an article that are tokenized together with it."""
 
 
 def take_windows(
@@ -50,7 +55,7 @@ def take_document(
     """Returns the beginning of a text, cut at white space to ``n_tokens``, and its tokens.
 
     Args:
-        encode: Makes token ids of a text.
+        encode: Tokenizes a text.
         text: The text.
         n_tokens: The most tokens to take.
     """
@@ -98,12 +103,13 @@ def windows_per_article(
 ) -> tuple[int, ...] | None:
     """Counts the windows of each article, in the order of the text.
 
-    A window belongs to the article that contains its middle. Each article is tokenized after the
-    end of the text before it, and the tokens of that end are subtracted. So a cut moves the end of
-    one article by about a token, and these errors do not add up over the articles.
+    A window belongs to the article that contains its middle. Each article is tokenized together
+    with the ``_LEAD_CHARS`` characters before it, and the number of tokens of these characters
+    alone is subtracted. So the end of an article is wrong by about a token at most: the error of
+    each cut is subtracted again with the next article, and errors do not accumulate.
 
     Args:
-        encode: Makes token ids of a text.
+        encode: Tokenizes a text.
         text: The text.
         starts: The offsets in characters at which its articles begin.
         size: Tokens of a window.

@@ -33,8 +33,8 @@ def bench_command(record: Record) -> str:
 
 def _recipe(record: Record) -> dict[str, Any]:
     """Returns a recipe with only the record's cell, timed and not scored."""
-    apart = ("model", "weights", *_FILLED_IN)
-    cell = {name: value for name, value in _changed(record.config).items() if name not in apart}
+    excluded = ("model", "weights", *_FILLED_IN)
+    cell = {name: value for name, value in _changed(record.config).items() if name not in excluded}
     config = record.config
     recipe: dict[str, Any] = {n: config[n] for n in ("model", "weights") if n in config}
     recipe |= {"cells": [{"engine": record.baseline} | cell], "quality": False}

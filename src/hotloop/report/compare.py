@@ -2,10 +2,10 @@
 
 The interval of a difference is compared with a margin, so there are three verdicts: *no worse*, if
 the loss is shown to stay within the margin; *worse*, if it is shown to exceed it; and *undecided*.
-A loss is shown by a one-sided test at 5 %. With several comparisons, the verdict *no worse* needs
-all of them to be no worse, which needs no correction. One that is worse suffices for the verdict
-*worse*, so its level is divided by their number (Bonferroni): equal sets are rarely called worse,
-however many cells they have.
+Either is shown by a one-sided test at 5 %. The verdict over several comparisons is *no worse* only
+if every one is (an intersection-union test, which needs no correction for multiple testing). It is
+*worse* if a single one is, so the level of these tests is divided by their number (Bonferroni): the
+probability that equal sets are called worse stays below 5 %, however many cells they have.
 
 Answers to tasks are paired item by item, with A as the reference (``bench.paired``).
 """
@@ -31,16 +31,16 @@ from hotloop.bench.statistics import t_critical
 from hotloop.errors import ConfigError, shorten, shorten_value
 from hotloop.report.differences import (
     Difference,
+    format_loss_change,
+    format_speed_change,
     loss_difference,
     same_windows,
-    shown_loss,
-    shown_ratio,
     speed_difference,
 )
 from hotloop.report.numbers import significant
 from hotloop.report.quality import format_needed
 from hotloop.report.read import latest, read_records
-from hotloop.report.recommend import speed_gap
+from hotloop.report.recommend import why_uncertain
 from hotloop.types import MAX_ACCURACY_LOSS
 
 Verdict = Literal["no worse", "worse", "undecided"]
@@ -48,10 +48,10 @@ Verdict = Literal["no worse", "worse", "undecided"]
 EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "undecided": 2}
 
 LEVEL = 1 - CONFIDENCE
-"""Level of the one-sided tests."""
+"""Significance level of the one-sided tests."""
 
 _TWO_SIDED = 1 - LEVEL / 2
-"""Confidence of each limit of an interval that has ``CONFIDENCE``."""
+"""One-sided confidence of each limit of a two-sided interval that has ``CONFIDENCE`` in all."""
 
 _MAX_NAMES = 10
 
@@ -62,11 +62,11 @@ class ComparedQuantity:
 
     Attributes:
         quantity: ``speed``, ``quality`` (of predictions of text) or ``accuracy`` (of answers).
-        shown: The difference and its 95 % interval.
+        text: The difference and its 95 % interval, formatted.
         verdict: The verdict.
         why: The reason for a verdict, if the interval does not show it; or the number of samples
             that a decision would need.
-        change: B minus A, in ln speed, ln perplexity or accuracy; None if unknown.
+        change: B minus A: of ln speed, of ln perplexity, or of accuracy; None if unknown.
         ci95: Its 95 % interval.
         paired: Whether samples were paired.
         margin: The loss that counts as worse, in the same unit.
@@ -74,7 +74,7 @@ class ComparedQuantity:
     """
 
     quantity: Literal["speed", "quality", "accuracy"]
-    shown: str = "–"
+    text: str = "–"
     verdict: Verdict
     why: str = ""
     change: float | None = None
@@ -188,8 +188,8 @@ def compare(
     compared whatever their configurations.
 
     Args:
-        before: The set to compare with.
-        after: The set that is compared with it.
+        before: Set A, which is compared with.
+        after: Set B, which is judged.
         max_slowdown: The tolerated loss of decode speed, as a share.
         max_delta_ln_ppl: The increase of ln perplexity that is tolerated.
         max_accuracy_loss: The loss of accuracy that is tolerated, as a share of A's; above 0.
@@ -222,20 +222,20 @@ def compare(
         for a, b in pairs
     )
     paired = {id(record) for pair in pairs for record in pair}
-    lone = [
+    unpaired = [
         (which, record)
         for which, records in (("A", before), ("B", after))
         for record in records
         if id(record) not in paired
     ]
     verdicts = {each.verdict for cell in cells for each in cell.quantities}
-    unknown = any(which == "A" and record.status in MEASURED for which, record in lone)
+    unknown = any(which == "A" and record.status in MEASURED for which, record in unpaired)
     verdict: Verdict = "no worse"
     if "worse" in verdicts:
         verdict = "worse"
     elif "undecided" in verdicts or unknown:
         verdict = "undecided"
-    missing = [f"{record.cell}: only in {which}" for which, record in lone]
+    missing = [f"{record.cell}: only in {which}" for which, record in unpaired]
     return Comparison(cells=cells, verdict=verdict, missing=tuple(missing))
 
 
@@ -293,7 +293,7 @@ def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> ComparedQ
     verdict, why = _verdict(slowdown, margin, n_tests, b.decode_tok_s.n, "repeats")
     return ComparedQuantity(
         quantity="speed",
-        shown=shown_ratio(difference),
+        text=format_speed_change(difference),
         verdict=verdict,
         why=why,
         change=difference.mean,
@@ -320,7 +320,7 @@ def _quality(a: Record, b: Record, margin: float, n_tests: int) -> ComparedQuant
     verdict, why = _verdict(difference, margin, n_tests, b.perplexity.n, "windows")
     return ComparedQuantity(
         quantity="quality",
-        shown=shown_loss(difference),
+        text=format_loss_change(difference),
         verdict=verdict,
         why=why,
         change=difference.mean,
@@ -356,7 +356,7 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Compar
     low, high = (0 - loss for loss in reversed(score_limits(strata, confidence=_TWO_SIDED)))
     return ComparedQuantity(
         quantity="accuracy",
-        shown=f"{100 * gain:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+        text=f"{100 * gain:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
         verdict=verdict,
         why=why if verdict == "undecided" else "",
         change=gain,
@@ -386,15 +386,15 @@ def _verdict(
     loss: Difference, margin: float, n_tests: int, n: int, unit: str
 ) -> tuple[Verdict, str]:
     """Returns the verdict on a loss (higher is worse), and for an undecided one the reason."""
-    reach = t_critical(loss.df, confidence=1 - 2 * LEVEL) * loss.se
-    if loss.mean + reach <= margin:
+    half_width = t_critical(loss.df, confidence=1 - 2 * LEVEL) * loss.se
+    if loss.mean + half_width <= margin:
         return "no worse", ""
     if loss.mean - t_critical(loss.df, confidence=1 - 2 * LEVEL / n_tests) * loss.se > margin:
         return "worse", ""
-    room = abs(margin - loss.mean)
-    if room == 0 or loss.se == 0:
+    distance = abs(margin - loss.mean)
+    if distance == 0 or loss.se == 0:
         return "undecided", "the difference is at the margin"
-    needed = math.ceil(n * (reach / room) ** 2)
+    needed = math.ceil(n * (half_width / distance) ** 2)
     return "undecided", f"about {max(needed, n + 1):,} {unit} are needed"
 
 
@@ -404,8 +404,8 @@ def _notes(a: Record, b: Record) -> list[str]:
         if record.status == "unstable":
             reason = (record.reason or "").partition("\n")[0]
             notes.append(f"{which} is unstable: {reason}")
-        elif gap := speed_gap(record):
-            notes.append(f"{which}: {gap}")
+        elif why := why_uncertain(record):
+            notes.append(f"{which}: {why}")
     for what, of in (
         ("model", lambda r: r.config.get("model")),
         ("device", lambda r: r.provenance.get("device", {}).get("name")),

@@ -113,14 +113,15 @@ def bandwidth_note(record: Record, field: str, records: Iterable[Record]) -> str
     if mbu is None or mbu.mean <= 1:
         return None
     device = record.provenance.get("device", {})
-    said, causes = "MBU above 100%: a step reads more bytes per second than", []
+    text, causes = "MBU above 100%: a step reads more bytes per second than", []
     bandwidth = device.get("read_bytes_per_s")
     if field == "mbu_datasheet":
-        said += " the datasheet says of the memory."
+        text += " the memory bandwidth in the datasheet."
     elif bandwidth is None:
-        said += " were measured of the memory."
+        text += " the measured read bandwidth."
     else:
-        said += f" the read bandwidth, measured as {significant(bandwidth / 1e9, 3)} GB/s before."
+        measured = significant(bandwidth / 1e9, 3)
+        text += f" the read bandwidth that was measured before, {measured} GB/s."
         most = max(
             r.provenance["device"].get("read_bytes_per_s") or 0.0
             for r in records
@@ -129,7 +130,7 @@ def bandwidth_note(record: Record, field: str, records: Iterable[Record]) -> str
         if most > bandwidth:
             against = percent(mbu.mean * bandwidth / most)
             causes.append(
-                f"For other cells {significant(most / 1e9, 3)} GB/s were measured; MBU is "
+                f"Before other cells {significant(most / 1e9, 3)} GB/s were measured; MBU is "
                 f"{against} of that."
             )
     cache = device.get("last_level_cache_bytes")
@@ -140,7 +141,7 @@ def bandwidth_note(record: Record, field: str, records: Iterable[Record]) -> str
     if not causes:
         slowed = ", or other work slowed that measurement" if field == "mbu" else ""
         causes = [f"A cache may hold a part of the weights{slowed}."]
-    return " ".join((said, *causes))
+    return " ".join((text, *causes))
 
 
 def _versions(record: Record) -> str:

@@ -85,7 +85,7 @@ def same_windows(a: Record, b: Record) -> bool:
     return len(windows) == 2 and windows[0] == windows[1]
 
 
-def shown_ratio(speed: Difference | None) -> str:
+def format_speed_change(speed: Difference | None) -> str:
     """Formats a difference of log speeds as a change in percent, with its interval."""
     if speed is None:
         return "–"
@@ -93,7 +93,7 @@ def shown_ratio(speed: Difference | None) -> str:
     return "{} [{}, {}]".format(*ends)
 
 
-def shown_loss(loss: Difference | None) -> str:
+def format_loss_change(loss: Difference | None) -> str:
     """Formats a difference of ln perplexity, with its interval."""
     if loss is None:
         return "–"
@@ -109,7 +109,7 @@ def _change(log_ratio: float) -> str:
 
 
 def _logs(figure: Figure | None) -> Sequence[float]:
-    """Returns the logarithms of a figure's samples; empty for fewer than two, or any below 0."""
+    """Returns the logarithms of a figure's samples; empty unless two or more, all above 0."""
     if figure is None or figure.n < 2 or min(figure.samples) <= 0:
         return ()
     return [math.log(sample) for sample in figure.samples]

@@ -38,16 +38,16 @@ def explain_names(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
     if all(record.config.get("quant") != "auto" for record in ours):
         schemes.discard("auto")  # is not part of the names of other engines' cells
     options = {part for scheme in schemes for part in scheme.split("-")}
-    yield from ((name, said) for name, said in _SCHEMES.items() if name in options)
+    yield from ((name, meaning) for name, meaning in _SCHEMES.items() if name in options)
     sizes = sorted(int(part[1:]) for part in options if re.fullmatch(r"g\d+", part))
     if sizes:
         yield (
             ", ".join(f"g{size}" for size in sizes),
-            "group size: the number of weights of a row that share a scale",
+            "group size: the number of consecutive weights that share a scale",
         )
-    yield from ((name, said) for name, said in _OPTIONS.items() if name in options)
+    yield from ((name, meaning) for name, meaning in _OPTIONS.items() if name in options)
     executions = {(record.engine or {}).get("execution") for record in records}
-    yield from ((name, said) for name, said in _EXECUTIONS.items() if name in executions)
+    yield from ((name, meaning) for name, meaning in _EXECUTIONS.items() if name in executions)
     degrees = sorted({record.config.get("tensor_parallel", 1) for record in records} - {1})
     if degrees:
         ranks = ", ".join(f"tp{degree}" for degree in degrees)

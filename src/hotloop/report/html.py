@@ -24,19 +24,25 @@ from hotloop.report import svg
 from hotloop.report.commands import bench_command, chat_command
 from hotloop.report.differences import (
     Difference,
+    format_loss_change,
+    format_speed_change,
     loss_difference,
-    shown_loss,
-    shown_ratio,
     speed_difference,
 )
 from hotloop.report.fields import value_of
 from hotloop.report.glossary import explain_names
 from hotloop.report.layout import Column, Row, Table
 from hotloop.report.numbers import half_width, percent, uncertain
-from hotloop.report.page import comparable, make_page
 from hotloop.report.plots import Chart, charts, near_pareto_front, pareto_front
+from hotloop.report.published import comparable_groups, make_published_tables
 from hotloop.report.read import latest
-from hotloop.report.recommend import Recommendation, doubt_of, is_doubtful, recommend
+from hotloop.report.recommend import (
+    Recommendation,
+    is_doubtful,
+    recommend,
+    unstable_suffix,
+    why_uncertain,
+)
 from hotloop.report.speculation import ACCEPTANCES, Drafting, drafting
 from hotloop.report.table import make_table
 from hotloop.types import MAX_DELTA_LN_PPL
@@ -53,12 +59,12 @@ def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_
     """Renders the records of results folders as one page.
 
     Args:
-        *experiments: The records of each folder, with all attempts; see ``make_page``.
+        *experiments: The records of each folder, with all attempts; see ``make_published_tables``.
         max_delta_ln_ppl: The quality loss that the recommendation tolerates.
     """
     groups = [
         _group(f"g{i}-", group, max_delta_ln_ppl)
-        for i, group in enumerate(_comparable(*experiments), start=1)
+        for i, group in enumerate(_latest_groups(*experiments), start=1)
     ]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -84,10 +90,10 @@ def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_
 def charts_of(
     *experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
 ) -> list[Chart]:
-    """Returns the plots of that page, in its order."""
+    """Returns the plots of the page that ``to_html`` renders, in its order."""
     return [
         chart
-        for group in _comparable(*experiments)
+        for group in _latest_groups(*experiments)
         for chart in charts(
             group,
             recommended=recommend(group, max_delta_ln_ppl=max_delta_ln_ppl).record,
@@ -96,9 +102,9 @@ def charts_of(
     ]
 
 
-def _comparable(*experiments: Iterable[Record]) -> list[list[Record]]:
+def _latest_groups(*experiments: Iterable[Record]) -> list[list[Record]]:
     records = [record for experiment in experiments for record in latest(experiment)]
-    return [latest(group) for group in comparable(records)]
+    return [latest(group) for group in comparable_groups(records)]
 
 
 def _displayable(value: Any) -> Any:
@@ -134,7 +140,7 @@ def _breakable(text: str) -> Markup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Drawn:
+class _RenderedChart:
     """A chart with its drawings and its legend."""
 
     chart: Chart
@@ -143,8 +149,11 @@ class _Drawn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Against:
-    """A row of the comparison with the recommended cell."""
+class _ComparisonRow:
+    """A row of the comparison with the baseline: the recommended cell, or else the fastest one.
+
+    ``place`` says whether the cell is on the Pareto front.
+    """
 
     record: Record
     speed: str
@@ -155,7 +164,7 @@ class _Against:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Value:
+class _TableCell:
     """A cell of a table, with the recorded number that it shows."""
 
     text: str
@@ -165,20 +174,20 @@ class _Value:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Line:
-    """A row of a table."""
+class _TableRow:
+    """A row of a table; ``faint`` if the cell has no speed."""
 
     id: str
     number: int
-    cells: tuple[_Value, ...]
+    cells: tuple[_TableCell, ...]
     recommended: bool
     faint: bool
     command: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cell:
-    """A record with all of its values."""
+class _RecordDetails:
+    """All values of a record, in a folded section of the page."""
 
     id: str
     number: int
@@ -195,47 +204,47 @@ class _Group:
     id: str
     title: str
     facts: tuple[tuple[str, str], ...]
-    names: tuple[tuple[str, str], ...]
+    glossary: tuple[tuple[str, str], ...]
     verdict: tuple[str, ...]
     more_advice: tuple[str, ...]
     other_engines: tuple[str, ...]
     note: str
-    run: str | None
-    drawn: tuple[_Drawn, ...]
+    chat_command: str | None
+    charts: tuple[_RenderedChart, ...]
     base: str
-    against: tuple[_Against, ...]
+    comparison: tuple[_ComparisonRow, ...]
     quality_known: bool
     table: Table
-    lines: tuple[_Line, ...]
-    page: Table
-    page_lines: tuple[_Line, ...]
+    table_rows: tuple[_TableRow, ...]
+    published: Table
+    published_rows: tuple[_TableRow, ...]
     drafting: tuple[Drafting, ...]
-    cells: tuple[_Cell, ...]
+    cells: tuple[_RecordDetails, ...]
     records: tuple[Record, ...]
 
 
 def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group:
     recommendation = recommend(records, max_delta_ln_ppl=tolerance)
     table = make_table(records, max_delta_ln_ppl=tolerance)
-    (page,) = make_page(records)
+    (published,) = make_published_tables(records)
     numbers = {id(record): n for n, record in enumerate(records, start=1)}
     base = recommendation.record or _fastest(records)
     return _Group(
         id=group_id,
-        title=page.title,
+        title=published.title,
         facts=(
             ("cells", _statuses(records)),
             *_recipes(records),
             *table.context,
         ),
-        names=tuple(explain_names(records)),
+        glossary=tuple(explain_names(records)),
         verdict=_verdict(recommendation),
         more_advice=recommendation.not_chosen[1:],
         other_engines=recommendation.other_engines,
         note=recommendation.note,
-        run=chat_command(recommendation.record) if recommendation.record else None,
-        drawn=tuple(
-            _Drawn(
+        chat_command=chat_command(recommendation.record) if recommendation.record else None,
+        charts=tuple(
+            _RenderedChart(
                 chart=chart,
                 drawings=tuple(
                     svg.draw(chart, size, prefix=group_id) for size in (svg.WIDE, svg.NARROW)
@@ -247,14 +256,14 @@ def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group
             )
         ),
         base=base.cell if base else "",
-        against=_against(records, base) if base else (),
+        comparison=_comparison_rows(records, base) if base else (),
         quality_known=recommendation.quality_known,
         table=table,
-        lines=_lines(table, numbers, group_id),
-        page=page,
-        page_lines=_lines(page, numbers, group_id),
+        table_rows=_table_rows(table, numbers, group_id),
+        published=published,
+        published_rows=_table_rows(published, numbers, group_id),
         drafting=drafting(records),
-        cells=tuple(_cell(record, numbers, group_id) for record in records),
+        cells=tuple(_record_details(record, numbers, group_id) for record in records),
         records=tuple(records),
     )
 
@@ -293,7 +302,7 @@ def _recipes(records: Sequence[Record]) -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------- differences
 
 
-def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
+def _comparison_rows(records: Sequence[Record], base: Record) -> tuple[_ComparisonRow, ...]:
     timed = [record for record in records if record.decode_tok_s]
     timed.sort(key=lambda record: record is not base)
     on_front = pareto_front(timed)
@@ -301,16 +310,16 @@ def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
     rows = []
     for record in timed:
         place = "on" if record in on_front else "within noise of it" if record in near else "off"
-        if len(on_front) < 1 or record.delta_ln_ppl is None:
+        if not on_front or record.delta_ln_ppl is None or why_uncertain(record):
             place = "–"
         if record is base:
             assert record.decode_tok_s is not None, "only timed records are compared"
             shown = uncertain(record.decode_tok_s.mean, half_width(record.decode_tok_s))
             rows.append(
-                _Against(
+                _ComparisonRow(
                     record=record,
                     speed=f"{shown} tok/s",
-                    speed_verdict=doubt_of(record).strip(),
+                    speed_verdict=unstable_suffix(record).strip(),
                     loss="",
                     loss_verdict="",
                     place=place,
@@ -319,11 +328,11 @@ def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
             continue
         speed, loss = speed_difference(base, record), loss_difference(base, record)
         rows.append(
-            _Against(
+            _ComparisonRow(
                 record=record,
-                speed=shown_ratio(speed),
-                speed_verdict=_in_words(speed, "slower", "faster") + doubt_of(record),
-                loss=shown_loss(loss),
+                speed=format_speed_change(speed),
+                speed_verdict=_in_words(speed, "slower", "faster") + unstable_suffix(record),
+                loss=format_loss_change(loss),
                 loss_verdict=_in_words(loss, "loses less", "loses more"),
                 place=place,
             )
@@ -342,11 +351,13 @@ def _in_words(difference: Difference | None, below: str, above: str) -> str:
 # --------------------------------------------------------------------------- tables and folds
 
 
-def _lines(table: Table, numbers: Mapping[int, int], group_id: str) -> tuple[_Line, ...]:
-    return tuple(_line(row, table.columns, numbers[id(row.record)], group_id) for row in table.rows)
+def _table_rows(table: Table, numbers: Mapping[int, int], group_id: str) -> tuple[_TableRow, ...]:
+    return tuple(
+        _table_row(row, table.columns, numbers[id(row.record)], group_id) for row in table.rows
+    )
 
 
-def _line(row: Row, columns: Sequence[Column], number: int, group_id: str) -> _Line:
+def _table_row(row: Row, columns: Sequence[Column], number: int, group_id: str) -> _TableRow:
     cells = []
     for column, text in zip(columns, row.cells, strict=True):
         value = value_of(row.record, column.field) if column.field else None
@@ -354,14 +365,14 @@ def _line(row: Row, columns: Sequence[Column], number: int, group_id: str) -> _L
             value = value.mean
         known = isinstance(value, int | float)
         cells.append(
-            _Value(
+            _TableCell(
                 text=text,
                 is_label=column.is_label,
                 field=column.field if known else "",
                 value=repr(value) if known else "",
             )
         )
-    return _Line(
+    return _TableRow(
         id=f"{group_id}cell-{number}",
         number=number,
         cells=tuple(cells),
@@ -371,23 +382,23 @@ def _line(row: Row, columns: Sequence[Column], number: int, group_id: str) -> _L
     )
 
 
-def _cell(record: Record, numbers: Mapping[int, int], group_id: str) -> _Cell:
+def _record_details(record: Record, numbers: Mapping[int, int], group_id: str) -> _RecordDetails:
     number = numbers[id(record)]
     fields = type(record).model_fields
     figures = [(name, getattr(record, name)) for name in fields]
     figures = [(name, figure) for name, figure in figures if isinstance(figure, Figure)]
     if record.speculation is not None:
         figures.append(("speculation.tokens_per_step", record.speculation.tokens_per_step))
-    held = record.model_dump(mode="json", exclude={name for name, _ in figures})
-    if held["speculation"] is not None:
-        del held["speculation"]["tokens_per_step"]
+    dumped = record.model_dump(mode="json", exclude={name for name, _ in figures})
+    if dumped["speculation"] is not None:
+        del dumped["speculation"]["tokens_per_step"]
     sections: dict[str, list[tuple[str, str]]] = {"record": []}
-    for name, value in held.items():
-        if isinstance(value, dict) or _is_of_objects(value):
-            sections[name] = _flat(value if isinstance(value, dict) else _numbered(value))
+    for name, value in dumped.items():
+        if isinstance(value, dict) or _is_list_of_objects(value):
+            sections[name] = _flatten(value if isinstance(value, dict) else _numbered(value))
         elif value is not None:
             sections["record"].append((name, _text(value)))
-    return _Cell(
+    return _RecordDetails(
         id=f"{group_id}cell-{number}",
         number=number,
         record=record,
@@ -397,19 +408,19 @@ def _cell(record: Record, numbers: Mapping[int, int], group_id: str) -> _Cell:
     )
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Lists the values of nested objects by their paths."""
     pairs = []
-    for name, held in value.items():
-        if isinstance(held, dict) or _is_of_objects(held):
-            inner = held if isinstance(held, dict) else _numbered(held)
-            pairs += _flat(inner, f"{prefix}{name}.")
+    for name, child in value.items():
+        if isinstance(child, dict) or _is_list_of_objects(child):
+            inner = child if isinstance(child, dict) else _numbered(child)
+            pairs += _flatten(inner, f"{prefix}{name}.")
         else:
-            pairs.append((prefix + name, _text(held)))
+            pairs.append((prefix + name, _text(child)))
     return pairs
 
 
-def _is_of_objects(value: Any) -> bool:
+def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(each, dict) for each in value)
 
 

@@ -22,7 +22,7 @@ from hotloop.bench.record import Record
 STAR = "★"
 
 UNBOUNDED = 1000
-"""Width of a console on which every table fits."""
+"""Width in characters of a console on which every table fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Column:
 
     Attributes:
         title: Its heading; line breaks are for the terminal.
-        text: Makes the text of a record's row, empty if the record has no value.
+        text: Formats a record's value in this column; empty if the record has none.
         field: The field of records that it shows; None if it shows none.
         is_label: Whether it has words, not numbers.
         is_key: Whether it is one of the columns that identify a row.

@@ -15,7 +15,7 @@ from hotloop.bench.record import MEASURED, Figure, Record
 from hotloop.report.differences import loss_difference, speed_difference
 from hotloop.report.layout import STAR
 from hotloop.report.numbers import half_width, percent, significant, uncertain
-from hotloop.report.recommend import is_doubtful, speed_gap
+from hotloop.report.recommend import is_doubtful, why_uncertain
 from hotloop.report.speculation import drafting
 from hotloop.types import EngineConfig
 
@@ -58,7 +58,6 @@ class Axis:
         largest = max(abs(self.low), abs(self.high))
         smallest = self.linear_to if self.scale == "symlog" else self.low
         powers = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
-        each = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
         for factors in ((1, 2, 5), (1, 3), (1,)):
             each = [factor * 10.0**power for power in powers for factor in factors]
             if sum(self.low <= value <= self.high for value in each) <= 2 * n:
@@ -218,7 +217,7 @@ def charts(
 
 def pareto_front(records: Sequence[Record]) -> list[Record]:
     """Returns the Pareto front by means, the fastest first: none is faster and loses less."""
-    known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
+    known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not why_uncertain(r)]
     ordered = sorted(known, key=lambda r: (-_mean(r.decode_tok_s), _mean(r.delta_ln_ppl)))
     best: list[Record] = []
     for record in ordered:
@@ -229,7 +228,7 @@ def pareto_front(records: Sequence[Record]) -> list[Record]:
 
 def near_pareto_front(records: Sequence[Record], on_front: Sequence[Record]) -> list[Record]:
     """Returns the records off the front that no record of the front beats significantly."""
-    known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
+    known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not why_uncertain(r)]
 
     def beaten(record: Record) -> bool:
         for other in on_front:
@@ -449,7 +448,7 @@ class StepParts:
     fastest: str = ""
 
     @property
-    def predicted_s(self) -> float:
+    def limit_s(self) -> float:
         """The memory-bandwidth limit: the time to read weights and cache once."""
         return self.weights_s + self.cache_s
 
@@ -516,13 +515,12 @@ def step_time_chart(records: Sequence[Record]) -> Bars | None:
     bars = []
     for part in parts:
         values = (part.weights_s, part.cache_s, part.execution_s, part.rest_s)
-        achieved, predicted = (significant(s * 1e3, 3) for s in (part.step_s, part.predicted_s))
+        achieved, predicted = (significant(s * 1e3, 3) for s in (part.step_s, part.limit_s))
         bars.append(
             Bar(
                 label=part.record.cell,
                 values=tuple(1e3 * value for value in values),
-                text=f"{achieved} ms; limit {predicted} ms, "
-                f"{percent(part.predicted_s / part.step_s)}",
+                text=f"{achieved} ms; limit {predicted} ms, {percent(part.limit_s / part.step_s)}",
                 is_doubtful=is_doubtful(part.record),
             )
         )

@@ -222,7 +222,7 @@ def _draw_bars(chart: Bars, axes: Axes) -> None:
     axes.grid(axis="x", color="#d5dae0", linewidth=0.7)
 
 
-def names(charts: Sequence[Chart]) -> list[str]:
+def file_names(charts: Sequence[Chart]) -> list[str]:
     """Names the file of each chart; several of one kind are numbered."""
     counts: dict[str, int] = {}
     found = []

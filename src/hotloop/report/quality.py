@@ -34,7 +34,7 @@ def format_needed(compared: NonInferiority) -> str:
 
 
 def selection_notes(records: Sequence[Record]) -> dict[str, str]:
-    """Finds passes that are not significant after a correction for multiple testing.
+    """Finds passes that are not significant after Holm's correction for multiple testing.
 
     The candidates are hotloop's own quantized configurations. Configurations without quantization
     are references, and cannot pass by chance.
@@ -60,22 +60,22 @@ def selection_notes(records: Sequence[Record]) -> dict[str, str]:
 
 def remarks(records: Sequence[Record]) -> list[str]:
     """Explains the figures of quality in a table of records."""
-    said = []
+    sentences = []
     if few := [r.perplexity.n for r in records if r.perplexity and r.perplexity.n < ENOUGH_WINDOWS]:
-        said.append(
+        sentences.append(
             f"Only {min(few)} windows: with fewer than {ENOUGH_WINDOWS}, intervals of quality are "
             "themselves imprecise."
         )
     floors = [figure.mean for record in records if (figure := record.kl_floor) is not None]
     if floors:
-        said.append(
+        sentences.append(
             "The floor of KL, of the reference against itself in windows of another length, is "
             f"{divergence(max(floors))}: a smaller KL cannot be distinguished from rounding."
         )
     if verdicts := [verdict for record in records if (verdict := record.verdict) is not None]:
         tasks = ", ".join(dict.fromkeys(task for v in verdicts for task in v.tasks))
         margin = max(verdict.margin for verdict in verdicts)
-        said.append(
+        sentences.append(
             f"Verdict: accuracy lost is the share of {verdicts[0].n} items of {tasks} that only "
             "the reference has right, minus the share that only this configuration has right. A "
             "negative value is a gain. In parentheses is its one-sided 95% upper limit. pass: a "
@@ -85,12 +85,12 @@ def remarks(records: Sequence[Record]) -> list[str]:
         )
     at_chance = {task.task for record in records for task in record.tasks if task.at_chance}
     if at_chance:
-        said.append(
+        sentences.append(
             f"{', '.join(sorted(at_chance))}: the reference is no better than guessing, so no loss "
             "can be measured. The verdict leaves it out."
         )
-    said += [note for record in records if (note := _greedy(record))]
-    return said
+    sentences += [note for record in records if (note := _greedy(record))]
+    return sentences
 
 
 def details(record: Record) -> list[tuple[str, str]]:

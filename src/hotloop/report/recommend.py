@@ -9,8 +9,8 @@ wide. A cell whose speed is not known is not recommended.
 
 A cell whose loss of accuracy on tasks is shown to exceed the margin is never recommended.
 
-"Shown" is a non-inferiority test: the one-sided 95 % upper bound of Δ ln ppl (paired, clustered by
-window, Student's t) lies at or below the tolerance. A loss that could be small is not enough.
+"Shown" is a non-inferiority test: the one-sided 95 % upper bound of Δ ln ppl (paired, clustered as
+in the record, Student's t) lies at or below the tolerance. A loss that may be small is not enough.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def recommend(
     records = latest(records)
     ours = (r for r in records if r.baseline is None and assumed_note(r) is None)
     timed = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
-    unknown = [f"{record.cell}: {gap}." for record in timed if (gap := speed_gap(record))]
-    measured = [record for record in timed if not speed_gap(record)]
+    unknown = [f"{record.cell}: {why}." for record in timed if (why := why_uncertain(record))]
+    measured = [record for record in timed if not why_uncertain(record)]
     scored = [record for record in measured if record.delta_ln_ppl]
 
     def answer(chosen: Record | None, why: str, not_chosen: Iterable[str] = ()) -> Recommendation:
@@ -84,7 +84,7 @@ def recommend(
             cell=chosen.cell if chosen else None,
             record=chosen,
             why=why,
-            note=_noted(chosen) if chosen else "",
+            note=_engine_notes(chosen) if chosen else "",
             not_chosen=(*not_chosen, *unknown),
             other_engines=_other_engines(chosen, records) if chosen else (),
             quality_known=bool(scored),
@@ -108,17 +108,17 @@ def recommend(
         why = measured[0].quality_reason or "it was not measured"
         return answer(
             fastest,
-            f"it decodes fastest, {_shown(fastest.decode_tok_s)} tok/s. Only speed is considered: "
-            f"the quality is unknown ({why}).{_caveat(fastest)}",
-            (f"{_compared(r, fastest)}." for r in measured if _is_rival(r, fastest)),
+            f"it decodes fastest, {_format_speed(fastest.decode_tok_s)} tok/s. Only speed is "
+            f"considered: the quality is unknown ({why}).{_caveat(fastest)}",
+            (f"{_compare_speeds(r, fastest)}." for r in measured if _is_rival(r, fastest)),
         )
-    within = [record for record in scored if not _quality_gap(record, max_delta_ln_ppl)]
+    within = [record for record in scored if not _why_not_tolerated(record, max_delta_ln_ppl)]
     if not within:
         return answer(
             None,
             "no configuration's quality loss was shown to be within the tolerance of "
             f"{max_delta_ln_ppl:g} in ln perplexity.",
-            (f"{r.cell}: {_quality_gap(r, max_delta_ln_ppl)}." for r in measured),
+            (f"{r.cell}: {_why_not_tolerated(r, max_delta_ln_ppl)}." for r in measured),
         )
     fastest = max(within, key=_speed)
     chosen = min(
@@ -128,11 +128,11 @@ def recommend(
     bound = f", with 95% confidence below {significant(_upper_bound(chosen), 2)}"
     return answer(
         chosen,
-        f"it decodes {_shown(chosen.decode_tok_s)} tok/s{_gain(chosen, scored)}, the fastest whose "
-        f"quality loss is within {max_delta_ln_ppl:g}: {_shown_loss(chosen)}"
-        f"{bound if _margin(chosen) else ''}.{_caveat(chosen)}",
+        f"it decodes {_format_speed(chosen.decode_tok_s)} tok/s{_speedup(chosen, scored)}, the "
+        f"fastest whose quality loss is within {max_delta_ln_ppl:g}: {_format_loss(chosen)}"
+        f"{bound if _one_sided_half_width(chosen) else ''}.{_caveat(chosen)}",
         (
-            f"{_compared(r, chosen)}, but {_shortfall(r, chosen, max_delta_ln_ppl)}."
+            f"{_compare_speeds(r, chosen)}, but {_shortfall(r, chosen, max_delta_ln_ppl)}."
             for r in measured
             if _is_rival(r, chosen)
         ),
@@ -144,17 +144,17 @@ def _speed(record: Record) -> float:
     return record.decode_tok_s.mean
 
 
-def speed_gap(record: Record) -> str | None:
+def why_uncertain(record: Record) -> str | None:
     """Returns why a measured speed is too uncertain; None if it is not, or there is none."""
     figure = record.decode_tok_s
     if figure is None:
         return None
     if figure.n < MIN_REPEATS:
         repeats = "1 repeat is" if figure.n == 1 else f"{figure.n} repeats are"
-        return f"{repeats} too few to know its speed, {_shown(figure)} tok/s"
+        return f"{repeats} too few to know its speed, {_format_speed(figure)} tok/s"
     if (half_width(figure) or 0.0) > MAX_RELATIVE_HALF_WIDTH * figure.mean:
         return (
-            f"its repeats differ too much to know its speed, {_shown(figure)} tok/s of "
+            f"its repeats differ too much to know its speed, {_format_speed(figure)} tok/s of "
             f"{figure.n} repeats"
         )
     return None
@@ -162,11 +162,11 @@ def speed_gap(record: Record) -> str | None:
 
 def is_doubtful(record: Record) -> bool:
     """Returns whether a measured speed is unstable or too uncertain."""
-    return record.status == "unstable" or speed_gap(record) is not None
+    return record.status == "unstable" or why_uncertain(record) is not None
 
 
-def doubt_of(*records: Record | None) -> str:
-    """Returns what follows a comparison of speeds: `` (unstable)`` if one of them is."""
+def unstable_suffix(*records: Record | None) -> str:
+    """Returns a suffix for a comparison of speeds: `` (unstable)`` if one is, else empty."""
     return " (unstable)" if any(r and r.status == "unstable" for r in records) else ""
 
 
@@ -182,10 +182,11 @@ def _counted_loss(record: Record) -> float:
 
 def _upper_bound(record: Record) -> float:
     """Returns the one-sided 95 % upper bound of Δ ln ppl."""
-    return _loss(record) + _margin(record)
+    return _loss(record) + _one_sided_half_width(record)
 
 
-def _margin(record: Record) -> float:
+def _one_sided_half_width(record: Record) -> float:
+    """Returns the distance from Δ ln ppl to its one-sided 95 % bound; infinite for one window."""
     loss, protocol = record.delta_ln_ppl, record.quality_protocol
     if loss is None or loss.se is None:
         return math.inf
@@ -206,8 +207,8 @@ def _is_rival(record: Record, chosen: Record) -> bool:
     )
 
 
-def _compared(record: Record, chosen: Record) -> str:
-    name = record.cell + doubt_of(record)
+def _compare_speeds(record: Record, chosen: Record) -> str:
+    name = record.cell + unstable_suffix(record)
     if _within_noise(record, chosen):
         return f"{name} is as fast within noise"
     return f"{name} is {percent(_speed(record) / _speed(chosen) - 1)} faster"
@@ -215,15 +216,15 @@ def _compared(record: Record, chosen: Record) -> str:
 
 def _shortfall(record: Record, chosen: Record, tolerance: float) -> str:
     """Returns why a record that is as fast or faster was not chosen."""
-    if gap := _quality_gap(record, tolerance):
-        return gap
+    if why := _why_not_tolerated(record, tolerance):
+        return why
     if _counted_loss(record) > _counted_loss(chosen):
-        return f"it loses more quality, {_shown_loss(record)}"
+        return f"it loses more quality, {_format_loss(record)}"
     return f"slower on average, {significant(_speed(record), 3)} tok/s"
 
 
-def _quality_gap(record: Record, tolerance: float) -> str | None:
-    """Returns why a quality loss is not shown to be tolerable; None if it is."""
+def _why_not_tolerated(record: Record, tolerance: float) -> str | None:
+    """Returns why a quality loss is not shown to be within the tolerance; None if it is."""
     loss = record.delta_ln_ppl
     if loss is None:
         return f"its quality is unknown ({record.quality_reason})"
@@ -233,29 +234,29 @@ def _quality_gap(record: Record, tolerance: float) -> str | None:
             f"to be more than the margin of {100 * verdict.margin:.2f}%"
         )
     if loss.mean > tolerance:
-        return f"{_shown_loss(record)} exceeds {tolerance:g}"
+        return f"{_format_loss(record)} exceeds {tolerance:g}"
     if (upper := _upper_bound(record)) > tolerance:
         room = tolerance - loss.mean
         more = ""
         if room > 0 and math.isfinite(upper):
-            needed = math.ceil(loss.n * (_margin(record) / room) ** 2)
+            needed = math.ceil(loss.n * (_one_sided_half_width(record) / room) ** 2)
             more = f"; about {needed} windows are needed"
-        return f"{_shown_loss(record)} is not shown to be within {tolerance:g}{more}"
+        return f"{_format_loss(record)} is not shown to be within {tolerance:g}{more}"
     return None
 
 
-def _shown(figure: Figure | None) -> str:
+def _format_speed(figure: Figure | None) -> str:
     assert figure is not None, "only measured records are shown"
     return uncertain(figure.mean, half_width(figure))
 
 
-def _shown_loss(record: Record) -> str:
+def _format_loss(record: Record) -> str:
     loss = record.delta_ln_ppl
     assert loss is not None, "only scored records have a loss"
     return f"Δ ln ppl {uncertain(loss.mean, loss.se, signed=True)}"
 
 
-def _gain(chosen: Record, scored: Sequence[Record]) -> str:
+def _speedup(chosen: Record, scored: Sequence[Record]) -> str:
     """Returns the speed-up over plain PyTorch, if that was measured too."""
     plain = [record for record in scored if record.cell == "none/eager" and record is not chosen]
     if not plain:
@@ -269,11 +270,11 @@ def _other_engines(chosen: Record, records: Iterable[Record]) -> tuple[str, ...]
     here = device_name(chosen)
     theirs = [r for r in records if r.baseline and r.decode_tok_s and device_name(r) == here]
     return tuple(
-        f"{record.cell} decodes {_shown(record.decode_tok_s)} tok/s"
-        f"{doubt_of(record)}: {chosen.cell} is "
+        f"{record.cell} decodes {_format_speed(record.decode_tok_s)} tok/s"
+        f"{unstable_suffix(record)}: {chosen.cell} is "
         f"{significant(_speed(chosen) / _speed(record), 2)} × as fast{_ranks(chosen, record)}."
         for record in theirs
-        if speed_gap(record) is None
+        if why_uncertain(record) is None
     )
 
 
@@ -286,7 +287,7 @@ def _caveat(record: Record) -> str:
     return " Its speed was unstable between repeats." if record.status == "unstable" else ""
 
 
-def _noted(record: Record) -> str:
+def _engine_notes(record: Record) -> str:
     sentences = " ".join(f"{note.removesuffix('.')}." for note in notes(record))
     return f"Notes on {record.cell}: {sentences}" if sentences else ""
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hotloop.bench.record import Record, SpeculationFigures, StepCost
-from hotloop.report.differences import Difference, shown_ratio, speed_difference
+from hotloop.report.differences import Difference, format_speed_change, speed_difference
 from hotloop.report.numbers import half_width, percent, significant, uncertain
-from hotloop.report.recommend import doubt_of
+from hotloop.report.recommend import unstable_suffix
 
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9, 0.95)
 """The acceptances for which tables list the speed."""
 
-_OF_DRAFTS = ("draft", "draft_quant", "draft_tokens", "draft_policy", "assume_acceptance")
+_DRAFT_LEVERS = ("draft", "draft_quant", "draft_tokens", "draft_policy", "assume_acceptance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Drafting:
         record: Its record.
         figures: Its drafting statistics.
         plain: The same cell without drafts, if there is one.
-        gain: Its speed relative to that cell.
+        gain: The difference of ln speed from that cell.
     """
 
     record: Record
@@ -55,7 +55,7 @@ class Drafting:
         return sorted(k for k in self.costs if k > 0)
 
     def step_s(self, k: int) -> float:
-        """Returns the time of a step with k drafts."""
+        """Returns the device's time of a step with k drafts, in seconds."""
         return self.costs[k].draft_s + self.costs[k].verify_s
 
     def speed_at(self, p: float, k: int) -> float:
@@ -105,48 +105,48 @@ class Drafting:
         most = self.sizes[-1]
         cost = self.step_s(most) / self.step_s(0)
         drafts = "draft" if most == 1 else "drafts"
-        said = f"a step with {most} {drafts} takes as long as {cost:.2f} plain steps"
+        text = f"a step with {most} {drafts} takes as long as {cost:.2f} plain steps"
         if self.break_even is None:
-            said += "; drafting pays at no acceptance"
+            text += "; drafting pays at no acceptance"
         elif self.break_even[0] == 0:
-            said += "; drafting costs nothing"
+            text += "; drafting costs nothing"
         else:
             p, k = self.break_even
             drafts = "draft" if k == 1 else "drafts"
-            said += f"; drafting pays from an acceptance of {percent(p)} on, with {k} {drafts}"
+            text += f"; drafting pays from an acceptance of {percent(p)} on, with {k} {drafts}"
         first = next(iter(self.figures.acceptance), None)
         if first is not None:
             kind = "assumed" if self.figures.assumed_acceptance is not None else "measured"
-            said += f"; the {kind} acceptance of first drafts is {percent(first)}"
+            text += f"; the {kind} acceptance of first drafts is {percent(first)}"
         if self.best_measured is not None:
-            said += f", and {self.best_measured} drafts per step are fastest"
-        return said
+            text += f", and {self.best_measured} drafts per step are fastest"
+        return text
 
     @property
-    def shown_costs(self) -> str:
-        """Draft and verification of a step, by number of drafts."""
+    def costs_text(self) -> str:
+        """Milliseconds of drafting + verifying in a step, by number of drafts."""
         return "; ".join(
             f"{k}: {significant(cost.draft_s * 1e3, 3)} + {significant(cost.verify_s * 1e3, 3)}"
             for k, cost in sorted(self.costs.items())
         )
 
     @property
-    def shown_speeds(self) -> list[str]:
-        """The speed at each of ``ACCEPTANCES``, and the best number of drafts there."""
+    def speed_texts(self) -> list[str]:
+        """Tokens per second at each of ``ACCEPTANCES``, with the best number of drafts there."""
         if not self.costs:
             return ["–"] * len(ACCEPTANCES)
         best = [(p, self.best_at(p)) for p in ACCEPTANCES]
         return [f"{significant(self.speed_at(p, k), 3)} ({k})" for p, k in best]
 
     @property
-    def shown_plain(self) -> str:
-        """The speed without drafts, by the device's time."""
+    def plain_speed_text(self) -> str:
+        """Tokens per second without drafts, by the device's time."""
         return significant(1 / self.step_s(0), 3)
 
     @property
-    def shown_gain(self) -> str:
-        """Its gain over plain decoding."""
-        return shown_ratio(self.gain) + doubt_of(self.record, self.plain)
+    def gain_text(self) -> str:
+        """Its speed relative to plain decoding, as a change in percent."""
+        return format_speed_change(self.gain) + unstable_suffix(self.record, self.plain)
 
     @property
     def tokens_per_step(self) -> str:
@@ -158,9 +158,9 @@ class Drafting:
     def acceptance(self) -> str:
         """The share of drafts accepted at each position."""
         shares = self.figures.acceptance
-        said = " ".join("–" if share is None else percent(share) for share in shares) or "–"
+        text = " ".join("–" if share is None else percent(share) for share in shares) or "–"
         assumed = self.figures.assumed_acceptance
-        return said if assumed is None else f"{said} (assumed: {percent(assumed)} of each)"
+        return text if assumed is None else f"{text} (assumed: {percent(assumed)} of each)"
 
     @property
     def draft_share(self) -> str:
@@ -179,12 +179,13 @@ def details(record: Record) -> list[tuple[str, str]]:
     pairs = []
     for cell in drafting([record]):
         if cell.costs:
-            speeds = zip(ACCEPTANCES, cell.shown_speeds, strict=True)
+            speeds = zip(ACCEPTANCES, cell.speed_texts, strict=True)
+            plain = cell.plain_speed_text
             listed = ", ".join(f"{percent(p)}: {speed}" for p, speed in speeds)
             pairs += [
                 ("drafting", cell.explanation),
-                ("ms to draft + verify", f"by number of drafts, {cell.shown_costs}"),
-                ("tok/s (drafts)", f"by acceptance, {listed}; {cell.shown_plain} without drafts"),
+                ("ms to draft + verify", f"by number of drafts, {cell.costs_text}"),
+                ("tok/s (drafts)", f"by acceptance, {listed}; {plain} without drafts"),
             ]
     return pairs
 
@@ -211,6 +212,6 @@ def _is_plain_twin(record: Record, drafted: Record) -> bool:
         return False
 
     def other_levers(of: Record) -> dict[str, object]:
-        return {name: value for name, value in of.config.items() if name not in _OF_DRAFTS}
+        return {name: value for name, value in of.config.items() if name not in _DRAFT_LEVERS}
 
     return other_levers(record) == other_levers(drafted)

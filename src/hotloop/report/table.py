@@ -21,11 +21,11 @@ from hotloop.report.numbers import divergence, half_width, memory, percent, sign
 from hotloop.report.quality import format_accuracy_loss, format_needed, selection_notes
 from hotloop.report.quality import remarks as quality_remarks
 from hotloop.report.read import latest
-from hotloop.report.recommend import Recommendation, recommend, speed_gap
+from hotloop.report.recommend import Recommendation, recommend, why_uncertain
 from hotloop.types import MAX_DELTA_LN_PPL
 
 
-def _figure(field: str, title: str, show: Callable[[Any], str], of_quality: bool = False) -> Column:
+def _column(field: str, title: str, show: Callable[[Any], str], of_quality: bool = False) -> Column:
     """Makes the column of a field of records, formatted by ``show``."""
 
     def text(record: Record) -> str:
@@ -41,30 +41,30 @@ LABELS = (
 )
 
 MODEL = Column(title="model", text=model_name, is_label=True, is_key=True)
-"""A third label, for tables with records of several models."""
+"""The label after ``LABELS`` in tables with records of several models."""
 
 FIGURES = (
-    _figure("decode_tok_s", "decode\ntok/s", lambda f: uncertain(f.mean, half_width(f))),
-    _figure("ttft_s", "TTFT\nms", lambda f: significant(f.mean * 1e3, 3)),
-    _figure("e2e_tok_s", "e2e\ntok/s", lambda f: significant(f.mean, 3)),
-    _figure("aggregate_tok_s", "total\ntok/s", lambda f: significant(f.mean, 3)),
-    _figure("speculation.tokens_per_step", "tokens\nper step", lambda f: f"{f.mean:.2f}"),
-    _figure("speculation.acceptance", "acceptance", lambda a: percent(a[0]) if a else "–"),
-    _figure("peak_bytes", "peak\nmemory", memory),
-    _figure("mbu", "MBU", lambda f: percent(f.mean)),
-    _figure("mbu_datasheet", "MBU\ndatasheet", lambda f: percent(f.mean)),
-    _figure("perplexity", "ppl", lambda f: significant(f.mean, 4), of_quality=True),
-    _figure("delta_ln_ppl", "Δ ln ppl\n± SE", lambda f: uncertain(f.mean, f.se, signed=True), True),
-    _figure("kl_mean", "mean\nKL", lambda f: divergence(f.mean), of_quality=True),
-    _figure("kl_at_least", "mean KL\nat least", lambda f: divergence(f.mean), of_quality=True),
-    _figure("same_top1", "same\ntop-1", lambda f: percent(f.mean, 1), of_quality=True),
+    _column("decode_tok_s", "decode\ntok/s", lambda f: uncertain(f.mean, half_width(f))),
+    _column("ttft_s", "TTFT\nms", lambda f: significant(f.mean * 1e3, 3)),
+    _column("e2e_tok_s", "e2e\ntok/s", lambda f: significant(f.mean, 3)),
+    _column("aggregate_tok_s", "total\ntok/s", lambda f: significant(f.mean, 3)),
+    _column("speculation.tokens_per_step", "tokens\nper step", lambda f: f"{f.mean:.2f}"),
+    _column("speculation.acceptance", "acceptance", lambda a: percent(a[0]) if a else "–"),
+    _column("peak_bytes", "peak\nmemory", memory),
+    _column("mbu", "MBU", lambda f: percent(f.mean)),
+    _column("mbu_datasheet", "MBU\ndatasheet", lambda f: percent(f.mean)),
+    _column("perplexity", "ppl", lambda f: significant(f.mean, 4), of_quality=True),
+    _column("delta_ln_ppl", "Δ ln ppl\n± SE", lambda f: uncertain(f.mean, f.se, signed=True), True),
+    _column("kl_mean", "mean\nKL", lambda f: divergence(f.mean), of_quality=True),
+    _column("kl_at_least", "mean KL\nat least", lambda f: divergence(f.mean), of_quality=True),
+    _column("same_top1", "same\ntop-1", lambda f: percent(f.mean, 1), of_quality=True),
     Column(
         title="accuracy\nlost",
         text=lambda record: format_accuracy_loss(record.verdict) if record.verdict else "",
         field="verdict.loss",
         of_quality=True,
     ),
-    _figure("verdict.outcome", "verdict", str, of_quality=True),
+    _column("verdict.outcome", "verdict", str, of_quality=True),
 )
 
 ONLY_IN_CSV = (
@@ -112,7 +112,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         shown = [column for column in shown if column.field != "aggregate_tok_s"]
     labels = [*LABELS, MODEL] if len(set(map(model_name, records))) > 1 else [*LABELS]
     columns = [*labels, *shown]
-    verdicts = next((i for i, c in enumerate(columns) if c.field == "verdict.outcome"), None)
+    verdict_column = next((i for i, c in enumerate(columns) if c.field == "verdict.outcome"), None)
     adjusted_notes = selection_notes(records)
     first_of_quality = next((i for i, c in enumerate(columns) if c.of_quality), None)
     rows = []
@@ -123,7 +123,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         # From left to right, so that the numbers of notes are ascending.
         figures = range(len(labels), len(columns))
         if (first := next((i for i in figures if cells[i]), None)) is not None:
-            for note in (assumed_note(record), speed_gap(record), *engine_notes(record)):
+            for note in (assumed_note(record), why_uncertain(record), *engine_notes(record)):
                 cells[first] = notes.cite(cells[first], note)
             for i, column in enumerate(columns):
                 if column.field in ("mbu", "mbu_datasheet"):
@@ -131,11 +131,11 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
             if first_of_quality is not None and record.quality_reason:
                 note = f"quality: {record.quality_reason}"
                 cells[first_of_quality] = notes.cite(cells[first_of_quality], note)
-        if verdicts is not None and record.verdict is not None:
+        if verdict_column is not None and record.verdict is not None:
             verdict, note = record.verdict, adjusted_notes.get(record.cell)
             if verdict.outcome == "underpowered":
                 note = f"underpowered: {format_needed(verdict)}"
-            cells[verdicts] = notes.cite(cells[verdicts], note)
+            cells[verdict_column] = notes.cite(cells[verdict_column], note)
         recommended = record is recommendation.record
         rows.append(Row(record=record, cells=tuple(cells), recommended=recommended))
     return Table(
@@ -166,11 +166,8 @@ def _advice(recommendation: Recommendation) -> list[str]:
     if recommendation.cell is None:
         return [f"No recommendation: {recommendation.why}", *recommendation.not_chosen]
     first = f"{STAR} Recommended: {recommendation.cell}, because {recommendation.why}"
-    return [
-        first,
-        *recommendation.not_chosen,
-        *recommendation.other_engines,
-    ]  # its row has the note
+    # Not the note, which is cited in the row of the recommended cell.
+    return [first, *recommendation.not_chosen, *recommendation.other_engines]
 
 
 def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:

@@ -9,7 +9,7 @@ from hotloop.bench.record import Record
 from hotloop.report import png
 from hotloop.report.html import charts_of, to_html
 from hotloop.report.layout import Table, to_markdown
-from hotloop.report.page import make_page
+from hotloop.report.published import make_published_tables
 from hotloop.report.table import make_table, to_csv
 from hotloop.types import MAX_DELTA_LN_PPL
 from hotloop.writing import replacing, write_whole
@@ -35,7 +35,7 @@ def write_results(
         HotloopError: A file cannot be written.
     """
     table = make_table(records, max_delta_ln_ppl=max_delta_ln_ppl)
-    page = "\n".join(map(to_markdown, make_page(records)))
+    page = "\n".join(map(to_markdown, make_published_tables(records)))
     write_whole(folder / "table.md", to_markdown(table))
     write_whole(folder / "table.csv", to_csv(table))
     write_whole(folder / "page.md", page)
@@ -63,7 +63,7 @@ def write_plots(
         HotloopError: A file cannot be written.
     """
     charts = charts_of(*experiments, max_delta_ln_ppl=max_delta_ln_ppl)
-    files = [folder / name for name in png.names(charts)]
+    files = [folder / name for name in png.file_names(charts)]
     for path, chart in zip(files, charts, strict=True):
         with replacing(path) as file:
             png.write_png(chart, file)

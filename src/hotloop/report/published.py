@@ -1,4 +1,4 @@
-"""The published layout: one table per model, as in published tables of decoding speed.
+"""Makes tables in the published layout: one per model, as in published tables of decoding speed.
 
 Its columns are quantization, compiled, tensor parallel, speculative decoding and tokens per second.
 Memory, quality and the recommendation are in the experiment's own table. A cell that did not fit,
@@ -26,7 +26,7 @@ from hotloop.report.fields import csv_names, csv_text, csv_values
 from hotloop.report.layout import Column, Notes, Row, Table
 from hotloop.report.numbers import half_width, uncertain
 from hotloop.report.read import latest
-from hotloop.report.recommend import speed_gap
+from hotloop.report.recommend import why_uncertain
 from hotloop.types import EngineConfig, draft_name, is_draft_model
 
 NONE = "–"
@@ -34,11 +34,14 @@ NONE = "–"
 DID_NOT_FIT = ("oom", "predicted-oom")
 
 QUANTIZATIONS = ("none", "auto", "int8", "fp8", "int4")
+"""The order of rows by quantization; other values follow, by name."""
+
 EXECUTIONS = {"eager": "no", "compile": "yes"}
-"""Orders of rows; other values follow, by name."""
+"""Texts of the column *compiled* by execution mode, in the order of rows; other modes, which have
+their own names there, follow."""
 
 
-def make_page(*experiments: Iterable[Record]) -> list[Table]:
+def make_published_tables(*experiments: Iterable[Record]) -> list[Table]:
     """Makes a table for each model, device and workload, whose rows can be compared.
 
     Args:
@@ -46,7 +49,7 @@ def make_page(*experiments: Iterable[Record]) -> list[Table]:
             cell counts; of several folders, that of the last folder.
     """
     records = [record for experiment in experiments for record in latest(experiment)]
-    return [_table(latest(group)) for group in comparable(records)]
+    return [_table(latest(group)) for group in comparable_groups(records)]
 
 
 def to_csv(tables: Iterable[Table]) -> str:
@@ -63,7 +66,7 @@ def to_csv(tables: Iterable[Table]) -> str:
     return csv_text(header, rows)
 
 
-def comparable(records: Sequence[Record]) -> Iterable[list[Record]]:
+def comparable_groups(records: Sequence[Record]) -> Iterable[list[Record]]:
     """Groups records by model, device and workload, in the order of first appearance.
 
     A record whose cell ended before the device was known belongs to the first device of its model.
@@ -88,11 +91,11 @@ def _table(records: Sequence[Record]) -> Table:
     records = sorted(records, key=_order)
     columns = (*LABELS, *SPEEDS)
     levers = [tuple(column.text(record) for column in LABELS) for record in records]
-    namesakes = Counter(levers)
+    n_of_levers = Counter(levers)
     notes, rows = Notes(), []
     for record, labels in zip(records, levers, strict=True):
         quantization, compiled, ranks, drafts = labels
-        quantization = notes.cite(quantization, record.cell if namesakes[labels] > 1 else None)
+        quantization = notes.cite(quantization, record.cell if n_of_levers[labels] > 1 else None)
         drafts = notes.cite(drafts, assumed_note(record))
         if has_random_acceptance(record):
             drafts = notes.cite(drafts, RANDOM_ACCEPTANCE)
@@ -178,22 +181,22 @@ SPEEDS = (
 
 
 def _order(record: Record) -> Any:
-    """Sorts baselines first, then by the columns from left to right."""
+    """Returns the sort key of a row: baselines first, then by the columns from left to right."""
     config = record.config
     quant, execution = config.get("quant", ""), _execution(record)
     draft = config.get("draft", "none")
     return (
         record.baseline is None,
-        _rank(quant.partition("-")[0], QUANTIZATIONS),
+        _sort_key(quant.partition("-")[0], QUANTIZATIONS),
         _quantization(record),
-        _rank(execution, tuple(EXECUTIONS)),
+        _sort_key(execution, tuple(EXECUTIONS)),
         config.get("tensor_parallel", 1),
         (draft != "none", is_draft_model(draft), _drafts(record)),
         record.cell,
     )
 
 
-def _rank(value: str, order: Sequence[str]) -> tuple[int, str]:
+def _sort_key(value: str, order: Sequence[str]) -> tuple[int, str]:
     return (order.index(value) if value in order else len(order), value)
 
 
@@ -202,7 +205,7 @@ def _caveat(record: Record) -> str | None:
     reason = (record.reason or "").partition("\n")[0]
     match record.status:
         case "ok":
-            return speed_gap(record)
+            return why_uncertain(record)
         case "unstable":
             return f"lots of variance: {reason}"
         case "oom" | "predicted-oom":

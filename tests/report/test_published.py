@@ -1,4 +1,4 @@
-"""The page: levers, tokens per second, and notes for missing or doubtful figures."""
+"""The published layout: levers, tokens per second, and notes for missing or doubtful figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from hotloop.bench.record import Record, Workload
 from hotloop.report.context import RANDOM_ACCEPTANCE
 from hotloop.report.layout import Table, to_markdown, to_rich
-from hotloop.report.page import make_page, to_csv
+from hotloop.report.published import make_published_tables, to_csv
 from hotloop.report.read import read_records
 from hotloop.types import EngineConfig
 
@@ -35,7 +35,7 @@ def cell(tok_s: float | None = None, *, on: dict = GPU, **fields) -> Record:
 
 
 def page(*records: Record) -> Table:
-    (table,) = make_page(records)
+    (table,) = make_published_tables(records)
     return table
 
 
@@ -173,7 +173,7 @@ def test_another_engine_is_a_row_at_the_top_and_none_of_ours():
 
 def test_records_that_cannot_be_compared_are_in_separate_tables():
     longer = Workload(prompt_tokens=32, new_tokens=640)
-    tables = make_page(
+    tables = make_published_tables(
         [cell(9), cell(8, quant="int8")],
         [cell(1, on=CPU)],
         [cell(2, workload=longer)],
@@ -191,7 +191,7 @@ def test_records_that_cannot_be_compared_are_in_separate_tables():
 def test_several_folders_are_joined_and_the_last_attempt_at_a_cell_counts():
     first = [cell(status="timeout"), cell(9), cell(8, quant="int8")]
     second = [cell(10), cell(7, execution="compile")]
-    (table,) = make_page(first, second)
+    (table,) = make_published_tables(first, second)
     assert [row.record.decode_tok_s.mean for row in table.rows] == [10, 7, 8]
 
 
@@ -208,7 +208,7 @@ def test_an_old_record_without_the_newest_levers_is_a_row():
 
 
 def test_markdown_has_a_heading_and_a_table_for_each_model():
-    tables = make_page([cell(9), cell(7, model="small", status="failed", reason="x")])
+    tables = make_published_tables([cell(9), cell(7, model="small", status="failed", reason="x")])
     first, second = (to_markdown(table) for table in tables)
     assert first.startswith("## big, random weights on A GPU\n\n| Quantization | Compiled |")
     assert "| none         | no       | 1               | –                    |" in first
@@ -219,7 +219,7 @@ def test_markdown_has_a_heading_and_a_table_for_each_model():
 
 def test_the_page_in_the_docs_is_that_of_the_records_that_are_kept():
     folder = ROOT / "benchmarks/results/h200-asclepius-13b"
-    (made,) = make_page(read_records(folder))
+    (made,) = make_published_tables(read_records(folder))
     docs = (ROOT / "docs/performance.md").read_text()
     _, _, after = docs.partition(f"<!-- page of {folder.name}: begin -->\n\n")
     shown, _, _ = after.partition(f"\n\n<!-- page of {folder.name}: end -->")
@@ -241,7 +241,7 @@ def test_a_terminal_shows_every_cell(width):
 
 
 def test_csv_has_the_levers_and_the_numbers_as_recorded_over_all_tables():
-    tables = make_page(
+    tables = make_published_tables(
         [cell(90, draft="ngram", speculation=drafting()), cell(1, model="small", on=CPU)]
     )
     first, second = csv.DictReader(io.StringIO(to_csv(tables)))
@@ -254,4 +254,4 @@ def test_csv_has_the_levers_and_the_numbers_as_recorded_over_all_tables():
 
 
 def test_no_records_make_no_page():
-    assert make_page([]) == []
+    assert make_published_tables([]) == []
