@@ -19,8 +19,8 @@ from pathlib import Path
 
 from hotloop.errors import shorten
 
-SHOWING = ("cli", "serve", "report")
-"""The packages that only start measurements or show them: those above ``sweep``."""
+PRESENTATION = ("cli", "serve", "report")
+"""The packages above ``sweep``: they start or show measurements, and cannot change a figure."""
 
 
 def cache_dir() -> Path:
@@ -60,13 +60,13 @@ def code_hash(*packages: str) -> str:
     A version does not identify code between two releases.
 
     Args:
-        *packages: The packages whose files count. Without any, all files count with which a
-            measurement can run: those of all packages but ``SHOWING``.
+        *packages: The packages whose files are hashed. Without any, these are all files that a
+            measurement can run: those of every package but ``PRESENTATION``.
     """
     package, code = Path(__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*")):
         name = path.relative_to(package)
-        counts = name.parts[0] in packages if packages else name.parts[0] not in SHOWING
+        counts = name.parts[0] in packages if packages else name.parts[0] not in PRESENTATION
         if counts and "__pycache__" not in name.parts and path.is_file():
             content = path.read_bytes()
             code.update(f"{name.as_posix()} {len(content)}\n".encode() + content)
@@ -85,7 +85,7 @@ def cache_note() -> str | None:
     return f"{why}; the cache is {_temporary_dir()}. To choose another folder, set HOTLOOP_CACHE."
 
 
-def known_home(path: str | Path) -> Path | None:
+def expand_home(path: str | Path) -> Path | None:
     """Expands ``~`` in a path; returns None if no home directory is known."""
     try:
         return Path(path).expanduser()
@@ -95,8 +95,8 @@ def known_home(path: str | Path) -> Path | None:
 
 def _configured() -> Path | None:
     if explicit := os.environ.get("HOTLOOP_CACHE"):
-        return known_home(explicit)
-    base = known_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        return expand_home(explicit)
+    base = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return base / "hotloop" if base is not None else None
 
 
@@ -113,12 +113,15 @@ def _why_not_writable(folder: Path) -> str | None:
 
 def _temporary_dir() -> Path:
     """Returns this user's temporary folder, the same for every process."""
-    return _owned(Path(tempfile.gettempdir(), f"hotloop-{os.getuid()}"))
+    return _private_dir(Path(tempfile.gettempdir(), f"hotloop-{os.getuid()}"))
 
 
 @functools.cache
-def _owned(folder: Path) -> Path:
-    """Returns ``folder`` if only this user can write to it, since it has code that is run."""
+def _private_dir(folder: Path) -> Path:
+    """Returns ``folder`` if only this user can write to it, or else a new temporary folder.
+
+    The cache holds compiled code, which hotloop runs. The new folder is removed at exit.
+    """
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

@@ -67,8 +67,8 @@ class Range:
     def __str__(self) -> str:
         return self.words or f"between {self.least} and {self.most}"
 
-    def required_of(self, value: float) -> str:
-        """Describes the allowed numbers, for the error of a number outside the range."""
+    def requirement(self, value: float) -> str:
+        """Describes the allowed numbers, for the error message about ``value``, which is not."""
         return f"at most {self.most}" if self.words and value > self.most else str(self)
 
 
@@ -92,14 +92,14 @@ def check_fields(value: Any, error: type[HotloopError]) -> None:
     defaults = _defaults(type(value))
     for name, hint in _hints(type(value)).items():
         given = getattr(value, name)
-        if given is defaults.get(name, _ABSENT):  # most fields, of every request
+        if given is defaults.get(name, _ABSENT):  # a fast path: most fields have their default
             continue
         try:
-            taken = _taken(given, hint, name)
+            converted = _converted(given, hint, name)
         except _Refused as refused:
             raise error(f"{name} must be {refused}, not {shorten_value(given)}.") from None
-        if taken is not given:
-            object.__setattr__(value, name, taken)
+        if converted is not given:
+            object.__setattr__(value, name, converted)
 
 
 def range_of(of: type, name: str) -> Range:
@@ -116,7 +116,7 @@ def range_of(of: type, name: str) -> Range:
 T = TypeVar("T")
 
 
-def changed(value: T, options: Mapping[str, Any], kind: str) -> T:
+def replace_fields(value: T, options: Mapping[str, Any], kind: str) -> T:
     """Copies a frozen dataclass with some fields changed; without changes, returns it as it is.
 
     Args:
@@ -176,8 +176,8 @@ def _defaults(of: type) -> dict[str, Any]:
     }
 
 
-def _taken(value: object, hint: Any, name: str) -> Any:
-    """Returns the value in the form that the field stores.
+def _converted(value: object, hint: Any, name: str) -> Any:
+    """Checks a value against a field's annotation, and returns it in the form that is stored.
 
     Raises:
         _Refused: The value is not allowed.
@@ -188,7 +188,7 @@ def _taken(value: object, hint: Any, name: str) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         hint, *none = get_args(hint)
         assert none == [type(None)], "a field takes one kind of value, and perhaps None"
-        return None if value is None else _taken(value, hint, name)
+        return None if value is None else _converted(value, hint, name)
     if get_origin(hint) is Literal:
         return _choice(value, get_args(hint), name)
     if hint == tuple[tuple[int, float], ...]:
@@ -217,7 +217,7 @@ def _number(value: object, kind: type, extra: object) -> float:
     if number is None:
         raise _Refused(f"{a}, {extra}")
     if number not in extra:
-        raise _Refused(extra.required_of(number))
+        raise _Refused(extra.requirement(number))
     return number
 
 
@@ -257,7 +257,7 @@ def _biases(value: object, extra: object) -> tuple[tuple[int, float], ...]:
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, list | tuple) or len(pairs) > MAX_BIASES:
         raise _Refused(must)
-    taken = {}
+    biases = {}
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise _Refused(must)
@@ -267,8 +267,8 @@ def _biases(value: object, extra: object) -> tuple[tuple[int, float], ...]:
             token_id = int(key)  # a key of a JSON object
         if token_id is None or not 0 <= token_id <= MAX_COUNT or bias is None or bias not in extra:
             raise _Refused(must)
-        taken[token_id] = bias
-    return tuple(taken.items())
+        biases[token_id] = bias
+    return tuple(biases.items())
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -1,9 +1,8 @@
 """Runs Python child processes.
 
-They lead sessions of their own, are killed as groups, and their ends are explained.
-
-A Ctrl-C at the terminal reaches only this process. To kill a child kills its process group, and so
-the processes that it started, except those in sessions of their own (see ``sweep.descendants``).
+Each child leads a session of its own, so a Ctrl-C at the terminal reaches only this process. Its
+process group is killed with it, and so are the processes that it started, except those in sessions
+of their own (see ``sweep.descendants``).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class ChildProcess:
         arguments: The interpreter's arguments.
         output: Receives its standard output and error.
         fds: File descriptors that it inherits.
-        reads: Its standard input is a pipe, ``stdin``; otherwise it is empty.
+        reads: Make its standard input a pipe, ``stdin``; otherwise it is ``/dev/null``.
         python: Its interpreter; None for the interpreter of this process.
         environment: Environment variables in addition to those of this process.
 
@@ -69,10 +68,7 @@ class ChildProcess:
         return None
 
     def kill(self) -> None:
-        """Kills its process group; does nothing the second time.
-
-        The second time, its id may belong to another process.
-        """
+        """Kills its process group, once: afterwards its id may belong to another process."""
         if not self._killed:
             self._killed = True
             with suppress(ProcessLookupError):
@@ -94,8 +90,9 @@ class ChildProcess:
     def oom_killed(self) -> bool:
         """Tells whether the kernel killed it for lack of memory, if that can be known.
 
-        SIGKILL leaves no trace in a process. But the kernel counts the processes that it kills for
-        lack of memory; if that count has risen since the start, this was one of them.
+        SIGKILL does not tell who sent it. But the kernel counts the processes that it kills for
+        lack of memory. If that count has risen since the start, this process is taken to be one of
+        them.
         """
         now, before = _kernel_oom_kills(), self._oom_kills
         risen = before is not None and now is not None and now > before

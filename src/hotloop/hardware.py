@@ -212,9 +212,10 @@ def requested_bytes(shortage: BaseException) -> int | None:
 def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) -> float:
     """Measures the bytes per second that ``device`` reads from its memory, with torch's threads.
 
-    It times reductions over a buffer far larger than the last-level cache (eight times at least,
-    and 0.25 GiB on a CPU, 4 GiB on a GPU, within a quarter of the free memory). No reduction is the
-    fastest on every device, so a few are timed and the best median counts.
+    It times reductions over a buffer far larger than the last-level cache: at least eight times as
+    large, and at least 0.25 GiB on a CPU and 4 GiB on a GPU, but at most a quarter of the free
+    memory. No reduction is the fastest on every device, so a few are timed and the best median
+    counts.
 
     Args:
         device: The device, which should be idle.
@@ -380,7 +381,7 @@ def machine() -> dict[str, Any]:
 
 
 def circumstances() -> dict[str, Any]:
-    """Collects circumstances that can make a failed cell runnable, without using a GPU.
+    """Collects facts whose change may let a failed cell succeed, without using a GPU.
 
     Returns:
         ``code`` (a hash of hotloop's), ``packages`` (a hash of all installed packages), the GPUs'
@@ -407,7 +408,10 @@ def circumstances() -> dict[str, Any]:
 
 
 def _git_state(package: Path) -> dict[str, Any]:
-    """Returns the commit of the checkout whose ``src/hotloop`` is ``package``, and its changes."""
+    """Returns the commit of a source checkout, and whether ``package`` in it has changes.
+
+    Both are None if ``package`` is not the ``src/hotloop`` of a checkout.
+    """
     # Without optional locks, so that git status does not block a commit.
     git = ("git", "--no-optional-locks", "-C", str(package))
     in_checkout = package.parent.name == "src" and (package.parents[1] / ".git").exists()

@@ -1,4 +1,4 @@
-"""Measures the peak memory of a block of code, which must be free for it to run.
+"""Measures the peak memory of a block of code: the memory that must be free to run it.
 
 On CUDA this is the memory that torch's allocator reserved on the device, on CPU the resident memory
 of the process. Other processes are not included: each rank of a tensor-parallel group measures its
@@ -47,7 +47,7 @@ class MemoryMeter:
 
             torch.cuda.reset_peak_memory_stats(self._device)
             self.method = "reserved"
-        elif _restart_high_water_mark():
+        elif _reset_high_water_mark():
             self.method = "VmHWM"
         else:
             self.method = "sampled"
@@ -79,7 +79,7 @@ class MemoryMeter:
             self.peak_bytes = max(self.peak_bytes, _resident_bytes())
 
 
-def _restart_high_water_mark() -> bool:
+def _reset_high_water_mark() -> bool:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to VmRSS
         return True

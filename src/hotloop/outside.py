@@ -46,7 +46,7 @@ MAX_NUMBER_CHARS = 400
 """The most characters of a number in JSON. Python has a limit of its own, 4,300 digits."""
 
 Refuse = Callable[[Path | str, str], HotloopError]
-"""Makes the error of a problem with a file: ``CheckpointError``, ``config_error``."""
+"""Makes the error to raise, from a file and its problem: ``CheckpointError``, ``config_error``."""
 
 
 def config_error(file: Path | str, problem: str) -> ConfigError:
@@ -57,8 +57,8 @@ def config_error(file: Path | str, problem: str) -> ConfigError:
 TEXT_CONFIG = "text_config"
 """The key of ``config.json`` under which some writers nest the keys of the language model."""
 
-_OF_THE_WRAPPER = frozenset({"architectures", "model_type", "transformers_version"})
-"""Keys that a nested object and what is around it have each for themselves."""
+_WRAPPER_KEYS = frozenset({"architectures", "model_type", "transformers_version"})
+"""Keys that may have one value in ``text_config`` and another around it."""
 
 
 def unnest(config: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def unnest(config: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
         for key, value in config.items()
         if key != TEXT_CONFIG and not (value is None and key in nested)
     }
-    for key in sorted(nested.keys() & around.keys() - _OF_THE_WRAPPER):
+    for key in sorted(nested.keys() & around.keys() - _WRAPPER_KEYS):
         if nested[key] not in (None, around[key]) and not key.startswith("_"):
             raise config_error(
                 file,
@@ -165,7 +165,7 @@ def read_json(
 def parse_json(
     data: bytes | str, file: Path | str, *, refuse: Refuse = CheckpointError
 ) -> dict[str, Any]:
-    """Parses one JSON object whose depth, numbers and strings are bounded.
+    """Parses one JSON object, within limits on its depth and on its numbers.
 
     Args:
         data: UTF-8, with or without a byte order mark.
@@ -229,7 +229,7 @@ class StrictModel(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 Place = tuple[int | str, ...]
-"""Keys and indexes that lead to a value."""
+"""The place of a value in JSON: the keys and indexes that lead to it (pydantic's ``loc``)."""
 
 
 def validated(
@@ -249,7 +249,7 @@ def validated(
         file: The file, for errors.
         prefix: The prefix of every key in the file.
         refuse: Makes the error.
-        name: Names a place in errors; None joins its keys.
+        name: Formats a place for errors; None joins its keys and indexes.
 
     Raises:
         HotloopError: One line with the file and the first problems: key, value, and what is valid.
@@ -272,7 +272,7 @@ def problems(
         error: The exception of ``model_validate``.
         model: The model, whose keys are named.
         prefix: The prefix of every key in the file.
-        name: Names a place; None joins its keys.
+        name: Formats a place; None joins its keys and indexes.
     """
     found: dict[object, list[Any]] = {}
     for one in error.errors(include_url=False):
@@ -299,7 +299,7 @@ def _problem(
         rest = f" and {len(alike) - _MAX_KEYS} more" if len(alike) > _MAX_KEYS else ""
         choices = _fields_at(model, alike[0]["loc"][:-1])
         return f"{keys}{rest}: there are no such keys.{_choices(choices)}"
-    loc, problem = alike[0]["loc"], _words(alike[0], model)
+    loc, problem = alike[0]["loc"], _describe(alike[0], model)
     return f"{_place(loc, prefix, name)}: {problem}" if loc else problem
 
 
@@ -313,7 +313,7 @@ def _place(loc: Place, prefix: str, name: Callable[[Place], str] | None) -> str:
     return shorten(prefix + place.removeprefix("."), 120)
 
 
-def _words(error: Any, model: type[BaseModel] | None) -> str:
+def _describe(error: Any, model: type[BaseModel] | None) -> str:
     """Describes an invalid value, and the valid ones."""
     kind, loc, value = error["type"], error["loc"], shorten_value(error["input"])
     if kind == "extra_forbidden":
@@ -330,7 +330,7 @@ def _words(error: Any, model: type[BaseModel] | None) -> str:
         bound = error["ctx"][limit]
         shown = f"{bound:g}" if isinstance(bound, float) else f"{bound}"
         return f"must be {words.format(shown)}, not {value}"
-    rule = _MUST.get(kind) or re.sub(r"^(Input|String|Value) should", "must", error["msg"])
+    rule = _RULES.get(kind) or re.sub(r"^(Input|String|Value) should", "must", error["msg"])
     return f"{rule}, not {value}"
 
 
@@ -341,7 +341,7 @@ _BOUNDS = {
     "less_than": ("lt", "below {}"),
 }
 
-_MUST = {
+_RULES = {
     "model_type": "must be an object",
     "dict_type": "must be an object",
     "too_short": "must have at least one value",
@@ -418,7 +418,7 @@ def _no_constant(name: str) -> float:
 
 
 def is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects of a JSON value are nested deeper than ``depth`` levels."""
+    """Returns whether lists and objects of a JSON value are nested more than ``depth`` levels."""
     level = [value]
     for _ in range(depth):
         level = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-_OBEYED = re.compile(
+_UNPRINTABLE = re.compile(
     "["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and newline
     "\u2028\u2029"  # line and paragraph separators
@@ -24,4 +24,4 @@ def printable(text: str) -> str:
 
     Newlines, tabs and printable characters are unchanged.
     """
-    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -62,9 +62,9 @@ DraftPolicy = Literal["adaptive", "always"]
 
 PrefixReuse = Literal["none", "chunks", "tokens"]
 """Reuse of keys and values of earlier requests for prompts that begin with the same tokens:
-``tokens`` reuses every token, also of answers; ``chunks`` reuses only tokens that have the bits of
-a prefill: whole prefill chunks of prompts, and, with CPU kernels and chunks of up to
-``EXACT_CPU_CHUNK`` tokens, every token."""
+``tokens`` reuses those of every token, also of answers. ``chunks`` reuses only those that equal,
+bit for bit, the result of a new prefill: of whole prefill chunks of prompts or, with CPU kernels
+and chunks of up to ``EXACT_CPU_CHUNK`` tokens, of every token."""
 
 PrefixCache = Literal["auto", PrefixReuse]
 """Prefix reuse as a user asks for it: ``auto`` is ``tokens`` in a chat, else ``none``."""
@@ -100,8 +100,8 @@ MAX_DELTA_LN_PPL = 0.02
 """Increase of ln perplexity that a recommendation tolerates by default: 2 % more perplexity."""
 
 MAX_ACCURACY_LOSS = 0.01
-"""The loss of accuracy that would matter, as a share of the reference's accuracy. It is fixed
-before anything is measured."""
+"""The non-inferiority margin of accuracy: the smallest loss that would matter, as a share of the
+reference's accuracy. It is fixed before anything is measured."""
 
 MAX_ANSWERS = 128
 """The most answers to one prompt that ``SamplingParams.n`` can ask for."""
@@ -224,8 +224,8 @@ def _has_draft_model(config: Mapping[str, Any]) -> bool:
 class EngineConfig:
     """The configuration of an engine.
 
-    The same value drives ``generate``, ``chat``, ``bench``, ``eval`` and ``sweep``. Each field
-    describes itself in its :class:`Lever`; see :func:`levers`.
+    The same value drives ``generate``, ``chat``, ``serve``, ``bench``, ``eval`` and ``sweep``. Each
+    field describes itself in its :class:`Lever`; see :func:`levers`.
 
     Attributes:
         model: A local path (folder or ``.gguf``), a pulled name, or a built-in shape's name.
@@ -781,7 +781,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineDescription:
-    """The engine that runs: the configuration, resolved.
+    """A running engine: what its configuration was resolved to, and its sizes and load times.
 
     Attributes:
         config: The configuration as requested.
@@ -804,12 +804,12 @@ class EngineDescription:
         warmup_s: Seconds of compilation, capture and first runs after that.
         read_bytes: Bytes of weights that rank 0 read from files; None where it read none.
         read_s: Seconds from the first of these bytes to all weights in place, a part of ``load_s``.
-        compile_cache: Whether compiled artifacts were found (``warm``), made (``cold``), or not
-            used (None).
+        compile_cache: ``warm`` if compiled artifacts were found in the cache, ``cold`` if they were
+            made; None if none are used.
         version: Name and version of the engine, if it is not hotloop's own.
         settings: Its settings, by its own names.
         bos_id: The token that begins a text, whether or not the tokenizer adds it.
-        adds_bos: Whether the model's own tokenizer puts it before a text. ``encode`` does not.
+        adds_bos: The model's own tokenizer puts it before a text. ``encode`` does not.
         eos_ids: Tokens that end an answer, the tokenizer's own end-of-sequence token first.
     """
 

@@ -41,7 +41,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> Path:
-    """Writes an object as indented JSON, and returns the file; only for hotloop's new folders."""
+    """Writes an object as indented JSON, and returns the file.
+
+    It follows a link and is not atomic, so use it only in a folder that hotloop has just made.
+    """
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return file
 
@@ -131,7 +134,7 @@ def tail(file: BinaryIO, lines: int, start: int = 0) -> list[str]:
 
     Args:
         file: The log, open for reading.
-        lines: How many lines to return at most.
+        lines: The most lines to return.
         start: The position at which to begin.
     """
     size = file.seek(0, os.SEEK_END)
@@ -185,7 +188,8 @@ def check_component(name: str) -> str:
     """Returns ``name`` if it is one component of a path, and so cannot leave a folder.
 
     Raises:
-        ConfigError: It is empty, too long, leads to another folder, or has control characters.
+        ConfigError: It is empty, too long, leads to another folder, or has control characters. The
+            message begins with "must be": the caller puts the name of the field before it.
     """
     if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]", name):
         raise ConfigError(

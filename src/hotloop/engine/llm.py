@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, overload
 
-from hotloop.checked import MAX_SEED, changed, check_names
+from hotloop.checked import MAX_SEED, check_names, replace_fields
 from hotloop.engine.core import (
     Describe,
     EngineCore,
@@ -101,7 +101,7 @@ class LLM:
         self, model: str | EngineConfig, *, progress: OnProgress | None = None, **options: Any
     ) -> None:
         if isinstance(model, EngineConfig):
-            config = changed(model, options, "option")
+            config = replace_fields(model, options, "option")
         else:
             check_names(EngineConfig, options, "option")
             config = EngineConfig(model=model, **options)
@@ -427,7 +427,7 @@ class LLM:
             if most < 1:
                 return Timing(n_tokens=0, ttft_s=0.0, e2e_s=0.0)
             options = {"max_new_tokens": min(n, most), "ignore_eos": True}
-            params = changed(sampling, options, "sampling option")
+            params = replace_fields(sampling, options, "sampling option")
             request = self._request(
                 0, prompt, params, time.perf_counter(), speculates=scheduler.controller is not None
             )
@@ -579,7 +579,7 @@ class LLM:
             params = self.default_sampling
         elif not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {shorten_value(params)}.")
-        return changed(params, options, "sampling option")
+        return replace_fields(params, options, "sampling option")
 
     def _requests(
         self,

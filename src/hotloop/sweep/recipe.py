@@ -178,7 +178,7 @@ def _checked_type(hint: Any) -> Any:
 
 def _within(allowed: Range, value: float) -> float:
     if value not in allowed:
-        raise ValueError(f"must be {allowed.required_of(value)}, not {shorten_value(value)}")
+        raise ValueError(f"must be {allowed.requirement(value)}, not {shorten_value(value)}")
     return value
 
 

@@ -82,8 +82,8 @@ class Backend(Protocol):
     Attributes:
         vocab_size: The number of token ids, some of which may have no token.
         special_ids: Control tokens, which decoded text leaves out by default.
-        added_ids: Tokens that are matched as a whole before text is split, including control
-            tokens, by their text.
+        added_ids: The ids, by their text, of tokens that are matched as a whole before the rest of
+            the text is split. They include the control tokens.
         strips_leading_space: Decoding removes one leading space, which encoding adds.
     """
 
@@ -110,7 +110,7 @@ class Backend(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes of a token below ``vocab_size``; none for an id without a token."""
+        """Returns the bytes of a token id below ``vocab_size``; empty for an id without a token."""
         ...
 
     def token_id(self, token: str) -> int | None:
@@ -140,7 +140,7 @@ class JsonBackend:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._file = tokenizer, file
-        self._encoding = threading.Lock()
+        self._lock = threading.Lock()  # encode_special_tokens is an attribute, not an argument
         self._piece_bytes, self.strips_leading_space = _read_decoder(tokenizer.decoder, file)
         added = tokenizer.get_added_tokens_decoder()
         # The bytes of added tokens, and of other tokens after their first look-up. A look-up in the
@@ -153,8 +153,7 @@ class JsonBackend:
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Encodes ``text``; the post-processor adds tokens around it."""
-        # The library takes this option from the object, not from the call.
-        with self._encoding, library_errors(self._file, "its tokenizer fails on this text"):
+        with self._lock, library_errors(self._file, "its tokenizer fails on this text"):
             self._tokenizer.encode_special_tokens = not parse_special
             return self._tokenizer.encode(text, add_special_tokens=add_special).ids
 
@@ -165,7 +164,7 @@ class JsonBackend:
             if isinstance(part, int):
                 ids.append(part)
             elif stretch := part.replace(mark, ""):
-                with self._encoding, library_errors(self._file, "its tokenizer fails on this text"):
+                with self._lock, library_errors(self._file, "its tokenizer fails on this text"):
                     tokenizer = self._continuation if ids else self._tokenizer
                     tokenizer.encode_special_tokens = True
                     ids += tokenizer.encode(stretch, add_special_tokens=False).ids
@@ -193,7 +192,7 @@ class JsonBackend:
 
     def save(self, folder: Path) -> Path:
         """Writes ``tokenizer.json``."""
-        file = folder / TOKENIZER_JSON  # since the library takes only names in UTF-8
+        file = folder / TOKENIZER_JSON  # written here: the library's own save needs a UTF-8 name
         file.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
         return file
 

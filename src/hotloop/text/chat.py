@@ -77,7 +77,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, file: Path) -> None:
         self._source, self._file = source, file
-        self._rendering = threading.Lock()
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._end = lambda: None
 
@@ -116,7 +116,7 @@ class ChatTemplate:
             raise RequestError(
                 f"messages and template variables must be JSON values: {error}"
             ) from error
-        with self._rendering:
+        with self._lock:
             reply = self._ask(request)
         if "text" in reply:
             return reply["text"]

@@ -100,7 +100,11 @@ DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"
 
 
 def named_templates(templates: Mapping[str, str | None]) -> str | list[dict[str, str]]:
-    """Returns the chat templates of a ``tokenizer_config.json``, by name."""
+    """Returns the value of ``chat_template`` in a ``tokenizer_config.json``.
+
+    Args:
+        templates: The templates by name; None for a name without one.
+    """
     given = {name: template for name, template in templates.items() if template is not None}
     if given.keys() == {DEFAULT_TEMPLATE}:
         return given[DEFAULT_TEMPLATE]
@@ -171,7 +175,7 @@ class TokenizerConfig(StrictModel):
         return dict(sorted(tokens.items()))
 
     def template(self, name: str) -> str | None:
-        """Returns the chat template of a name; the only one of a model is ``default``."""
+        """Returns the chat template named ``name``; a template without a name is ``default``."""
         named = {entry.name: entry.template for entry in self.chat_template or ()}
         return named.get(name)
 
@@ -312,7 +316,8 @@ def read_end_ids(file: Path) -> frozenset[int]:
     """Reads the ids of ``eos_token_id``, which is one id, a list of them, or nothing.
 
     Raises:
-        HotloopError: The file is not JSON, or the key holds something else, or two things.
+        HotloopError: The file is not JSON, the key holds something else, or ``text_config`` holds
+            another value than the object around it.
     """
     keys = outside.unnest(read_optional_json(file), file)
     return frozenset(validated(_EndIds, keys, file).eos_token_id or ())

@@ -1,10 +1,9 @@
-"""Treats control tokens that messages spell as text.
+"""Keeps the text of messages text, even where it spells a control token such as ``<|im_end|>``.
 
-A chat template writes control tokens and the text of messages into one string. So that messages
-cannot write control tokens, a mark is inserted before each control token that they spell, before
-the template runs. ``Backend.encode_marked`` then parses only unmarked control tokens, and drops the
-marks. The text between marks is unchanged, so that templates can trim, split and search messages as
-usual.
+A chat template writes control tokens and the text of messages into one string. So before the
+template runs, a mark is inserted before each control token that a message spells.
+``Backend.encode_marked`` then parses only unmarked control tokens, and drops the marks. The text
+between marks is unchanged, so that templates can trim, split and search messages as usual.
 """
 
 from __future__ import annotations
@@ -22,9 +21,12 @@ MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 
 def any_of(texts: Iterable[str]) -> str:
-    """Returns a regular expression for the longest of ``texts``; ``(?!)`` matches nothing."""
+    """Returns a regular expression that matches any of ``texts``, and prefers longer ones.
+
+    Without texts it matches nothing.
+    """
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    return "|".join(map(re.escape, longest_first)) or "(?!)"
+    return "|".join(map(re.escape, longest_first)) or "(?!)"  # which never matches
 
 
 class ControlTokens:
@@ -44,8 +46,8 @@ class ControlTokens:
     def marked(self, value: Any, mark: str) -> Any:
         """Copies a JSON value with ``mark`` before every control token in its texts.
 
-        If the end of a text is the beginning of a control token, it is marked too: the next text
-        could complete it.
+        A mark is also inserted where the end of a text is the beginning of a control token, which
+        the next text in the prompt could complete.
 
         Raises:
             RequestError: The value is not JSON, or nested more than ``MAX_DEPTH`` levels deep.
@@ -54,13 +56,13 @@ class ControlTokens:
 
     def _marked_text(self, text: str, mark: str) -> str:
         end = len(text.rstrip())  # templates trim
-        places = {match.start() for match in self._starts.finditer(text)}
-        places |= {
+        positions = {match.start() for match in self._starts.finditer(text)}
+        positions |= {
             start
             for start in range(max(0, end - self._longest), end)
             if text[start:end] in self._beginnings
         }
-        edges = [0, *sorted(places), len(text)]
+        edges = [0, *sorted(positions), len(text)]
         return mark.join(text[start:stop] for start, stop in pairwise(edges))
 
 
@@ -72,12 +74,12 @@ def unused_mark(value: Any) -> str:
     """
     used: set[str] = set()
 
-    def look_at(text: str) -> str:
+    def note_marks(text: str) -> str:
         if not text.isascii():
             used.update(character for character in MARKS if character in text)
         return text
 
-    _with_texts(value, look_at)
+    _with_texts(value, note_marks)
     for mark in MARKS:
         if mark not in used:
             return mark

@@ -105,9 +105,10 @@ class StopFilter:
 
 
 def final_length(text: str, sought: Sequence[str]) -> int:
-    """Returns the start of the longest suffix of ``text`` that begins one of the texts sought.
+    """Returns the length of ``text`` without the longest suffix that begins one of ``sought``.
 
-    Its time depends on the length of these texts, not on that of ``text``.
+    More text could complete that suffix. The time depends on the length of the texts sought, not on
+    that of ``text``.
     """
     end = len(text)
     for one in sought:

@@ -30,39 +30,39 @@ _GGUF_KEYS = {
 }
 
 
-def _or_nothing(value: Any) -> Any:
+def _empty_as_none(value: Any) -> Any:
     """Converts empty values to None, and also -1, with which several tools disable an option."""
     return None if value in ("", [], {}) or (value == -1 and type(value) is int) else value
 
 
-def _taken_by_sampling(value: float | None, info: ValidationInfo) -> float | None:
+def _in_sampling_range(value: float | None, info: ValidationInfo) -> float | None:
     """Refuses values outside the range of the field of ``SamplingParams`` with the same name."""
     if value is not None and info.field_name is not None:
         bounds = range_of(SamplingParams, info.field_name)
         if value not in bounds:
-            raise ValueError(f"must be {bounds.required_of(value)}, not {shorten_value(value)}")
+            raise ValueError(f"must be {bounds.requirement(value)}, not {shorten_value(value)}")
     return value
 
 
-_MayBeNothing = BeforeValidator(_or_nothing)
-_Bounded = AfterValidator(_taken_by_sampling)
-_Decimal = Annotated[float | None, _MayBeNothing, _Bounded]
-_Whole = Annotated[int | None, _MayBeNothing, _Bounded]
+_EmptyIsNone = BeforeValidator(_empty_as_none)
+_InSamplingRange = AfterValidator(_in_sampling_range)
+_Float = Annotated[float | None, _EmptyIsNone, _InSamplingRange]
+_Int = Annotated[int | None, _EmptyIsNone, _InSamplingRange]
 
 
 class _SuggestedSampling(StrictModel):
     model_config = ConfigDict(extra="ignore")
 
-    temperature: _Decimal = None
-    top_k: _Whole = None
-    top_p: _Decimal = None
-    min_p: _Decimal = None
-    repetition_penalty: _Decimal = None
+    temperature: _Float = None
+    top_k: _Int = None
+    top_p: _Float = None
+    min_p: _Float = None
+    repetition_penalty: _Float = None
 
 
 class _Suggestions(_SuggestedSampling):
-    do_sample: Annotated[bool | None, _MayBeNothing] = None
-    max_new_tokens: _Whole = None
+    do_sample: Annotated[bool | None, _EmptyIsNone] = None
+    max_new_tokens: _Int = None
 
 
 class _GGUFSuggestions(_SuggestedSampling):

@@ -76,8 +76,8 @@ _CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Splitting:
-    """A pre-tokenizer: how text is split before merging, and further settings by its name.
+class _PreTokenizer:
+    """What the name of a pre-tokenizer stands for: how text is split before merging, and settings.
 
     Attributes:
         patterns: Regular expressions. Each splits the pieces of the previous one into matches and
@@ -93,7 +93,7 @@ class _Splitting:
     add_bos: bool = False
 
 
-_DEFAULT = _Splitting(
+_DEFAULT = _PreTokenizer(
     patterns=(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 )
 """llama.cpp's rules for files without a name. No model was trained with them."""
@@ -104,26 +104,26 @@ _DEFAULT_NOTE = (
     "model's. Convert the model again with a current converter."
 )
 
-_SPLITTINGS = {
-    name: splitting
-    for names, splitting in (
+_PRE_TOKENIZERS = {
+    name: pre_tokenizer
+    for names, pre_tokenizer in (
         ("default", _DEFAULT),
-        ("gpt-2 phi-2 olmo mpt jais exaone4 trillion", _Splitting(patterns=(_GPT2,))),
+        ("gpt-2 phi-2 olmo mpt jais exaone4 trillion", _PreTokenizer(patterns=(_GPT2,))),
         (
             "smollm starcoder refact command-r codeshell exaone minerva-7b",
-            _Splitting(patterns=(r"\p{N}", _GPT2)),
+            _PreTokenizer(patterns=(r"\p{N}", _GPT2)),
         ),
         (
             "llama-bpe llama-v3 llama3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
-            _Splitting(patterns=(_LLAMA3,), ignore_merges=True, add_bos=True),
+            _PreTokenizer(patterns=(_LLAMA3,), ignore_merges=True, add_bos=True),
         ),
-        ("smaug-bpe dbrx", _Splitting(patterns=(_LLAMA3,))),
-        ("qwen2", _Splitting(patterns=(_QWEN2,), nfc=True)),
-        ("deepseek-r1-qwen megrez stablelm2 hunyuan", _Splitting(patterns=(_QWEN2,))),
-        ("tekken", _Splitting(patterns=(_TEKKEN,), ignore_merges=True, add_bos=True)),
+        ("smaug-bpe dbrx", _PreTokenizer(patterns=(_LLAMA3,))),
+        ("qwen2", _PreTokenizer(patterns=(_QWEN2,), nfc=True)),
+        ("deepseek-r1-qwen megrez stablelm2 hunyuan", _PreTokenizer(patterns=(_QWEN2,))),
+        ("tekken", _PreTokenizer(patterns=(_TEKKEN,), ignore_merges=True, add_bos=True)),
         (
             "deepseek-llm",
-            _Splitting(
+            _PreTokenizer(
                 patterns=(
                     r"[\r\n]",
                     rf"\s?{_DEEPSEEK_LETTERS}+",
@@ -136,7 +136,7 @@ _SPLITTINGS = {
         ),
         (
             "deepseek-coder",
-            _Splitting(patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+            _PreTokenizer(patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
         ),
     )
     for name in names.split()
@@ -184,8 +184,8 @@ _NAMES = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-_NEVER_USED = ("unknown_token_id", "padding_token_id", *_CODE_END_IDS)
-"""Keys whose ids may be outside the vocabulary, as in some files that work elsewhere."""
+_MAY_BE_OUT_OF_RANGE = ("unknown_token_id", "padding_token_id", *_CODE_END_IDS)
+"""Keys whose ids are ignored if they are outside the vocabulary, in some files they are."""
 
 
 class GGUFVocabulary(NamedTuple):
@@ -240,7 +240,7 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
     ids: dict[str, int] = {}
     for key in (*_NAMES.values(), *_END_IDS, *_CODE_END_IDS):
         token_id = getattr(keys, key)
-        if token_id is None or (key in _NEVER_USED and token_id not in range(len(tokens))):
+        if token_id is None or (key in _MAY_BE_OUT_OF_RANGE and token_id not in range(len(tokens))):
             continue
         if token_id not in range(len(tokens)):
             raise CheckpointError(
@@ -255,9 +255,9 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
 
     notes: tuple[str, ...] = ()
     if kind == "gpt2":
-        splitting = _splitting(file, keys.pre)
-        backend, config = _byte_level_backend(file, keys, splitting, tokens, types, config)
-        if splitting is _DEFAULT:
+        pre_tokenizer = _pre_tokenizer(file, keys.pre)
+        backend, config = _byte_level_backend(file, keys, pre_tokenizer, tokens, types, config)
+        if pre_tokenizer is _DEFAULT:
             notes = (_DEFAULT_NOTE,)
     else:
         backend, config = _sentencepiece_backend(file, keys, tokens, types, config)
@@ -269,7 +269,7 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
 def _byte_level_backend(
     file: Path,
     keys: _Keys,
-    splitting: _Splitting,
+    pre_tokenizer: _PreTokenizer,
     tokens: list[str],
     types: list[int],
     config: dict[str, Any],
@@ -286,13 +286,13 @@ def _byte_level_backend(
             raise CheckpointError(file, f"{_PREFIX}merges: {shorten_value(merge)} is not a pair")
         merges.append((merge[:at], merge[at + 1 :]))
     with library_errors(file, "tokens and merges do not fit together"):
-        model = models.BPE(vocabulary, merges, ignore_merges=splitting.ignore_merges)
+        model = models.BPE(vocabulary, merges, ignore_merges=pre_tokenizer.ignore_merges)
         tokenizer = tokenizers.Tokenizer(model)
-    if splitting.nfc:
+    if pre_tokenizer.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *(pre_tokenizers.Split(Regex(p), behavior="isolated") for p in splitting.patterns),
+            *(pre_tokenizers.Split(Regex(p), behavior="isolated") for p in pre_tokenizer.patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -303,7 +303,7 @@ def _byte_level_backend(
     config = {
         **config,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": _or_default(keys.add_bos_token, splitting.add_bos),
+        "add_bos_token": _or_default(keys.add_bos_token, pre_tokenizer.add_bos),
         "add_eos_token": _or_default(keys.add_eos_token, False),
     }
     set_bos_eos(
@@ -326,12 +326,13 @@ def _or_default(value: bool | None, default: bool) -> bool:
     return default if value is None else value
 
 
-def _splitting(file: Path, name: str | None) -> _Splitting:
+def _pre_tokenizer(file: Path, name: str | None) -> _PreTokenizer:
     if name is None:
         return _DEFAULT
-    if name not in _SPLITTINGS:
-        raise UnsupportedError(f"{file}: {UnknownNameError(f'{_PREFIX}pre', name, _SPLITTINGS)}")
-    return _SPLITTINGS[name]
+    if name not in _PRE_TOKENIZERS:
+        unknown = UnknownNameError(f"{_PREFIX}pre", name, _PRE_TOKENIZERS)
+        raise UnsupportedError(f"{file}: {unknown}")
+    return _PRE_TOKENIZERS[name]
 
 
 def _sentencepiece_backend(

