@@ -126,7 +126,7 @@ def test_forced_calls_are_read_as_calls_of_the_tools(
     tokenizer, parser, rng = tokenizers[vocabulary], PARSERS[name], random.Random(0)
     tools = [{**tool, "name": tool["name"].replace('"', "")} for tool in TOOLS]
     use = read_tool_use(tools, "required", parallel=parallel)
-    grammar = answer_grammar(None, use, parser, tokenizer, reasoning=None, within=False)
+    grammar = answer_grammar(None, use, parser, tokenizer, reasoning=None, in_reasoning=False)
     assert grammar is not None
     seen = set()
     for _ in range(8):
@@ -143,7 +143,7 @@ def test_forced_calls_are_read_as_calls_of_the_tools(
 def test_a_named_tool_is_the_only_one_that_can_be_called(tokenizers: dict[str, Tokenizer]) -> None:
     use = read_tool_use(TOOLS, {"type": "function", "name": 'ti"me'})
     parser, tokenizer = PARSERS["hermes"], tokenizers["plain"]
-    grammar = answer_grammar(None, use, parser, tokenizer, reasoning=None, within=False)
+    grammar = answer_grammar(None, use, parser, tokenizer, reasoning=None, in_reasoning=False)
     assert grammar is not None
     for seed in range(5):
         text = follow(tokenizer, grammar, random.Random(seed), short=0.5)
@@ -179,7 +179,7 @@ def test_reasoning_is_allowed_before_what_is_forced(
     tokenizer = tokenizers[vocabulary]
     use = read_tool_use(TOOLS, "required") if grammar is None else ToolUse()
     whole = answer_grammar(
-        grammar, use, PARSERS["hermes"], tokenizer, reasoning=markers, within=within
+        grammar, use, PARSERS["hermes"], tokenizer, reasoning=markers, in_reasoning=within
     )
     assert whole is not None
     rng = random.Random(0)
@@ -187,7 +187,7 @@ def test_reasoning_is_allowed_before_what_is_forced(
         begins = begin if within else f"{markers.begin}{begin}"
         text = follow(tokenizer, whole, rng, short=0.9, begin=begins)
         rest: Parser = PARSERS["hermes"]([]) if grammar is None else PlainText()
-        reasoning, content, calls = read(ReasoningParser(markers, rest, within=within), text)
+        reasoning, content, calls = read(ReasoningParser(markers, rest, in_reasoning=within), text)
         assert reasoning == begin.partition(markers.end)[0].strip()
         if grammar is None:
             assert calls
@@ -203,7 +203,7 @@ def test_an_answer_may_call_a_tool_or_follow_its_schema(tokenizers: dict[str, To
     use = read_tool_use(TOOLS, "auto")
     schema = Grammar(kind="json_schema", source='{"enum": ["yes", "no"]}')
     parser, tokenizer = PARSERS["hermes"], tokenizers["plain"]
-    grammar = answer_grammar(schema, use, parser, tokenizer, reasoning=None, within=False)
+    grammar = answer_grammar(schema, use, parser, tokenizer, reasoning=None, in_reasoning=False)
     assert grammar is not None
     kinds = set()
     for seed in range(12):
@@ -221,10 +221,10 @@ def test_a_grammar_that_is_all_that_is_asked_for_is_left_as_it_is(
     lark = Grammar(kind="lark", source='start: "a"')
     options: dict[str, Any] = {"parser": MistralParser, "tokenizer": tokenizers["plain"]}
     for given in (None, schema, lark):
-        assert answer_grammar(given, ToolUse(), **options, reasoning=None, within=False) is given
+        assert answer_grammar(given, ToolUse(), **options, reasoning=None, in_reasoning=False) is given
     tools = read_tool_use(TOOLS, "auto")
-    assert answer_grammar(lark, tools, **options, reasoning=THINK, within=False) is lark
-    assert answer_grammar(None, tools, **options, reasoning=THINK, within=False) is None
+    assert answer_grammar(lark, tools, **options, reasoning=THINK, in_reasoning=False) is lark
+    assert answer_grammar(None, tools, **options, reasoning=THINK, in_reasoning=False) is None
 
 
 def test_a_schema_that_is_not_json_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
@@ -235,5 +235,5 @@ def test_a_schema_that_is_not_json_is_refused(tokenizers: dict[str, Tokenizer]) 
             MistralParser,
             tokenizers["plain"],
             reasoning=THINK,
-            within=False,
+            in_reasoning=False,
         )

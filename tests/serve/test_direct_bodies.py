@@ -156,7 +156,7 @@ def test_a_fault_in_the_services_thread_is_left_to_the_stream_by_comments():
         raise ZeroDivisionError
 
     async def stream() -> None:
-        direct = SimpleNamespace(wrote_s=0.0, n_bytes=0, write=lambda make: make())
+        direct = SimpleNamespace(last_write_s=0.0, n_bytes=0, write=lambda make: make())
         direct.flush = direct.close = lambda: None
         body = _Body(ServerSettings(ping_s=0.0), send, {DIRECT_BODY: lambda: direct})
         ticket: Any = SimpleNamespace(set_receiver=pass_on.append)

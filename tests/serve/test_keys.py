@@ -9,7 +9,7 @@ from serving import HELLO, serving
 
 from hotloop.serve.app import create_app
 from hotloop.serve.lifecycle import HttpServer
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 from hotloop.serve.settings import ServerSettings
 
 ASKED = {"messages": HELLO, "max_tokens": 1}
@@ -54,7 +54,7 @@ def test_without_a_key_nothing_is_open_but_health(guarded, headers, path):
 
 
 def test_every_route_but_the_page_and_health_needs_a_key(guarded):
-    app: Any = create_app(Served(ServerSettings()))
+    app: Any = create_app(ServedModel(ServerSettings()))
     paths = {route.path.replace("{name:path}", "tiny") for route in app._app.routes}
     is_open = {path for path in paths if guarded.get(path).status_code != 401}
     assert is_open == {"/", "/health", "/ready"}

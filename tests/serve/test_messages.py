@@ -169,6 +169,7 @@ def test_nulls_of_a_definition_are_left_out() -> None:
     [
         ([{"type": "web_search"}], None, "tools[0]", "must have the type function"),
         ([{"type": "function"}], None, "tools[0].name", "must be text"),
+        ([{"type": "function", "name": ""}], None, "tools[0].name", "1 to 256 characters"),
         ([{"type": "function", "function": 5}], None, "tools[0].function", "an object"),
         (
             [{"type": "function", "function": {"name": "f", "parameters": 5}}],

@@ -58,13 +58,13 @@ def test_reasoning_is_told_from_content_wherever_the_pieces_end(
     within: bool, text: str, reasoning: str, content: str
 ) -> None:
     for pieces in divided(text):
-        parser = ReasoningParser(THINK, PlainText(), within=within)
+        parser = ReasoningParser(THINK, PlainText(), in_reasoning=within)
         assert read(parser, pieces) == (reasoning, content), pieces
 
 
 def test_calls_within_reasoning_are_none() -> None:
     call = '<tool_call>{"name": "time"}</tool_call>'
-    parser = ReasoningParser(THINK, HermesParser(["time"]), within=True)
+    parser = ReasoningParser(THINK, HermesParser(["time"]), in_reasoning=True)
     parts = [*parser.push(f"I could {call}</think>{call}"), *parser.end()]
     assert parts[0] == Reasoning(f"I could {call}")
     assert [type(part) for part in parts[1:]] == [CallStart, CallArguments]

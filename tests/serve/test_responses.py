@@ -178,6 +178,7 @@ def test_items_of_earlier_responses_are_taken_as_they_were_given(client):
         ({"input": ""}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"extra_body": {"n": 2}}, "n"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format"),
     ],
 )

@@ -122,8 +122,7 @@ def test_values_out_of_range_are_refused_by_name(client, more):
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error"
-    name = next(reversed(more)).removesuffix("_completion_tokens")
-    assert name.removeprefix("max_") in error["message"]
+    assert next(reversed(more)) in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

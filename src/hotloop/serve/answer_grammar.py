@@ -32,11 +32,12 @@ _JSON_STYLE = {
 _PLAIN_KEYS = frozenset(
     {"type", "properties", "required", "$defs", "title", "description", "$schema"}
 )
-"""The keys of an object's schema with which no other key can add properties."""
+"""Keywords of a schema. A schema with no others, such as ``allOf`` or ``patternProperties``, allows
+no named properties but those in ``properties``."""
 
 _Rules = dict[str, str]
-_Text = Callable[[str], str]
-"""A function that quotes a text in Lark's notation."""
+_Quote = Callable[[str], str]
+"""A function that writes a text in Lark's notation: a control token by its id, else a string."""
 
 
 def answer_grammar(
@@ -46,7 +47,7 @@ def answer_grammar(
     tokenizer: Tokenizer,
     *,
     reasoning: Markers | None,
-    within: bool,
+    in_reasoning: bool,
 ) -> Grammar | None:
     """Returns the grammar of an answer; None if the answer is not constrained.
 
@@ -56,7 +57,7 @@ def answer_grammar(
         parser: The parser of the model's calls.
         tokenizer: The model's tokenizer; the grammar names control tokens by id.
         reasoning: The markers of the model's reasoning; None if it does not reason.
-        within: The answer begins within reasoning.
+        in_reasoning: The answer begins within reasoning.
 
     Raises:
         RequestError: The client's grammar must be JSON, and is not.
@@ -64,33 +65,33 @@ def answer_grammar(
     if not use.forced and (grammar is None or not (use.tools or reasoning)):
         return grammar
     if grammar is not None and grammar.kind == "lark" and not use.forced:
-        return grammar  # it has a start of its own
+        return grammar  # it describes the whole answer: its start rule cannot be part of another
 
     special, ids = tokenizer.backend.special_ids, tokenizer.backend.added_ids
 
-    def text(spelled: str) -> str:
-        token_id = ids.get(spelled)
-        return f"<[{token_id}]>" if token_id in special else quoted(spelled)
+    def quote(text: str) -> str:
+        token_id = ids.get(text)
+        return f"<[{token_id}]>" if token_id in special else quoted(text)
 
     rules: _Rules = {}
     bodies = []
     if tools := use.forced or use.tools:
         bodies.append("calls")
-        rules |= _FORMATS[parser](tools, ids, text, use.parallel)
+        rules |= _FORMATS[parser](tools, ids, quote, use.parallel)
         rules |= {f"arguments_{i}": _json(_parameters(tool)) for i, tool in enumerate(tools)}
     if grammar is not None and not use.forced:
         bodies.append("content")
         rules["content"] = _content(grammar)
     start = f"({' | '.join(bodies)})"
     if reasoning is not None:
-        rules |= _reasoning(reasoning, text, within)
-        start = f"{'reasoning' if within else 'reasoning?'} {start}"
+        rules |= _reasoning(reasoning, quote, in_reasoning)
+        start = f"{'reasoning' if in_reasoning else 'reasoning?'} {start}"
     lines = (f"{name}: {rule}" for name, rule in {"start": start, **rules}.items())
     return Grammar(kind="lark", source="\n".join(lines))
 
 
-def _hermes(tools: Sequence[Tool], _ids: Mapping[str, int], text: _Text, parallel: bool) -> _Rules:
-    begin, end = text(HermesParser.marker), text(HermesParser.closing)
+def _hermes(tools: Sequence[Tool], _ids: Mapping[str, int], quote: _Quote, parallel: bool) -> _Rules:
+    begin, end = quote(HermesParser.marker), quote(HermesParser.closing)
     return {
         "calls": 'call ("\\n" call)*' if parallel else "call",
         "call": f'{begin} "\\n" object "\\n" {end}',
@@ -98,15 +99,15 @@ def _hermes(tools: Sequence[Tool], _ids: Mapping[str, int], text: _Text, paralle
     }
 
 
-def _llama3(tools: Sequence[Tool], _ids: Mapping[str, int], _text: _Text, parallel: bool) -> _Rules:
+def _llama3(tools: Sequence[Tool], _ids: Mapping[str, int], _quote: _Quote, parallel: bool) -> _Rules:
     return {
         "calls": 'object ("; " object)*' if parallel else "object",
         "object": _object(tools, "parameters"),
     }
 
 
-def _mistral(tools: Sequence[Tool], ids: Mapping[str, int], text: _Text, parallel: bool) -> _Rules:
-    marker, arguments, call_id = map(text, MistralParser.control_tokens)
+def _mistral(tools: Sequence[Tool], ids: Mapping[str, int], quote: _Quote, parallel: bool) -> _Rules:
+    marker, arguments, call_id = map(quote, MistralParser.control_tokens)
     if "[ARGS]" not in ids:
         others = ' (", " object)*' if parallel else ""
         return {
@@ -122,7 +123,7 @@ def _mistral(tools: Sequence[Tool], ids: Mapping[str, int], text: _Text, paralle
 
 
 _FORMATS: dict[
-    type[ToolParser], Callable[[Sequence[Tool], Mapping[str, int], _Text, bool], _Rules]
+    type[ToolParser], Callable[[Sequence[Tool], Mapping[str, int], _Quote, bool], _Rules]
 ] = {HermesParser: _hermes, Llama3Parser: _llama3, MistralParser: _mistral}
 
 
@@ -172,9 +173,9 @@ def _json(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_STYLE})}"
 
 
-def _reasoning(markers: Markers, text: _Text, within: bool) -> _Rules:
-    begin, end = text(markers.begin), text(markers.end)
-    rules = {"reasoning": f"{'' if within else f'{begin} '}thoughts /\\n{{0,2}}/"}
+def _reasoning(markers: Markers, quote: _Quote, in_reasoning: bool) -> _Rules:
+    begin, end = quote(markers.begin), quote(markers.end)
+    rules = {"reasoning": f"{'' if in_reasoning else f'{begin} '}thoughts /\\n{{0,2}}/"}
     if end.startswith("<["):  # a control token, which no expression matches
         rules["thoughts"] = f"/(.|\\n)*/ {end}"
     else:

@@ -30,7 +30,7 @@ from hotloop.serve.errors import as_api_error
 from hotloop.serve.metrics import Tally
 from hotloop.serve.protocol import ABORT, DIRECT_BODY, DirectBody
 from hotloop.serve.schemas import SamplingBody
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 from hotloop.serve.settings import ServerSettings
 from hotloop.types import Delta
 
@@ -42,7 +42,8 @@ STREAM_HEADERS = {
 
 
 LARGE_ENTRIES = 500
-"""With more tokens and alternatives than this, JSON is made outside the event loop."""
+"""The most log-probabilities in a response whose JSON is made in the event loop; a larger one is
+made in another thread."""
 
 
 class Formatter(Protocol):
@@ -53,11 +54,16 @@ class Formatter(Protocol):
         ...
 
     def events(self, delta: Delta, usage: str) -> str:
-        """Returns the events of one delta of an answer; each has ``usage``, see ``Chunks``."""
+        """Returns the events of one delta of an answer.
+
+        Args:
+            delta: The delta.
+            usage: The JSON of the usage so far, for every event; empty if it is not requested.
+        """
         ...
 
     def last_events(self, usage: Mapping[str, Any], *, wanted: bool) -> str:
-        """Returns the events after all answers, with the usage if it is ``wanted``."""
+        """Returns the events after all answers, with the usage if the client ``wanted`` it."""
         ...
 
     def error_events(self, error: Exception) -> str:
@@ -130,7 +136,7 @@ def usage(tally: Tally) -> dict[str, Any]:
 
 
 async def respond(
-    served: Served,
+    served: ServedModel,
     ticket: Ticket,
     formatter: Formatter,
     request_body: SamplingBody,
@@ -139,7 +145,7 @@ async def respond(
     """Returns the response of a ticket: its stream, or its whole body once that is complete.
 
     Args:
-        served: The model.
+        served: The served model.
         ticket: The request, submitted.
         formatter: The form of its answers.
         request_body: The request's body.
@@ -181,9 +187,9 @@ def checked(piece: Piece) -> Delta:
 
 @asynccontextmanager
 async def cancelled_if_gone(
-    served: Served, ticket: Ticket, receive: Receive
+    served: ServedModel, ticket: Ticket, receive: Receive
 ) -> AsyncGenerator[None]:
-    """Cancels a ticket when its client disconnects, or if the block ends before the ticket.
+    """Cancels a ticket when its client disconnects, or if the block ends before its answers.
 
     Raises:
         ClientDisconnect: The client has disconnected.
@@ -215,14 +221,14 @@ class EventStream(Response):
     """A stream of server-sent events: the deltas of a ticket's answers, as they arrive.
 
     Args:
-        served: The model.
+        served: The served model.
         ticket: The request, submitted.
         formatter: The form of its answers.
         request_body: The request's body.
     """
 
     def __init__(
-        self, served: Served, ticket: Ticket, formatter: Formatter, request_body: SamplingBody
+        self, served: ServedModel, ticket: Ticket, formatter: Formatter, request_body: SamplingBody
     ) -> None:
         self._served, self._ticket, self._formatter = served, ticket, formatter
         self._options, self._n = request_body.stream_options, request_body.n
@@ -287,8 +293,8 @@ class _Body:
 
     def __init__(self, settings: ServerSettings, send: Send, state: dict[str, Any]) -> None:
         self._settings, self._send, self._state = settings, send, state
-        self._lock = threading.Lock()  # of direct writes, and of the beginning of others
-        self._since, self._n_sending = time.monotonic(), 0
+        self._lock = threading.Lock()  # held by a direct write, and while another write begins
+        self._last_write_s, self._n_sending = time.monotonic(), 0
         self._direct: DirectBody | None = None
         self._fault: Exception | None = None
 
@@ -315,7 +321,7 @@ class _Body:
             if self._direct is not None:
                 self._direct.flush()
             if (text := make()) or not more:
-                self._since = time.monotonic()
+                self._last_write_s = time.monotonic()
                 data = text.encode()
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
         finally:
@@ -370,8 +376,8 @@ class _Body:
         ping_s, send_s = self._settings.ping_s, self._settings.send_s
         while True:
             await asyncio.sleep(min(ping_s, send_s) / 4)
-            wrote_s = self._direct.wrote_s if self._direct is not None else 0.0
-            quiet_s = time.monotonic() - max(self._since, wrote_s)
+            direct_s = self._direct.last_write_s if self._direct is not None else 0.0
+            quiet_s = time.monotonic() - max(self._last_write_s, direct_s)
             if self._n_sending and quiet_s > send_s:
                 self._state[ABORT]()
                 return

@@ -22,15 +22,15 @@ from hotloop.serve.health import health, metrics
 from hotloop.serve.models import model, models
 from hotloop.serve.page import chat_page
 from hotloop.serve.responses import responses
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 from hotloop.serve.tokens import detokenize, tokenize, tokenizer_info
 
 
-def create_app(served: Served, access_log: Callable[[str], None] | None = None) -> ASGIApp:
+def create_app(served: ServedModel, access_log: Callable[[str], None] | None = None) -> ASGIApp:
     """Makes the application that serves a model.
 
     Args:
-        served: The model, which may still be loading.
+        served: The served model, which may still be loading.
         access_log: Called with a line about each request; None logs nothing.
     """
     app = Starlette(

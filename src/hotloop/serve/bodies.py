@@ -17,7 +17,7 @@ from hotloop.serve.settings import ServerSettings
 T = TypeVar("T", bound=BaseModel)
 
 LARGE_BYTES = 16 * 2**10
-"""With more text than this, work is done in another thread, not in the event loop."""
+"""The most bytes of text that are processed in the event loop; more are left to another thread."""
 
 
 async def read(request: Request, of: type[T], settings: ServerSettings) -> T:
@@ -65,8 +65,8 @@ def _parse(data: bytes, of: type[T], max_depth: int) -> T:
         raise ApiError(400, f"the body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body must be a JSON object, not {shorten_value(value)}.")
-    n_nested = data.count(b"[") + data.count(b"{")  # or more, of texts that hold brackets
-    if n_nested > max_depth and is_deeper(value, max_depth):
+    n_brackets = data.count(b"[") + data.count(b"{")  # an upper bound of the depth, and fast
+    if n_brackets > max_depth and is_deeper(value, max_depth):
         raise ApiError(
             400, f"the body is nested deeper than {max_depth} levels.", code="invalid_json"
         )

@@ -20,7 +20,7 @@ from hotloop.serve.bodies import read
 from hotloop.serve.logprobs import chat_logprobs
 from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, Reasoning
 from hotloop.serve.schemas import ChatBody, FinishReason
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 from hotloop.serve.submit import submit_turn
 from hotloop.serve.tool_use import read_tool_use
 from hotloop.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from hotloop.types import Delta, Generation
 
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     request_body = await read(request, ChatBody, served.settings)
     served.check_name(request_body.model)
     model = served.model
@@ -54,7 +54,7 @@ class ChatFormatter(ChunkFormatter):
     """Formats answers as chat completions.
 
     Args:
-        served: The model.
+        served: The served model.
         tokenizer: The model's tokenizer.
         parser: Makes the parser of each answer.
         named: The request names the tool that an answer calls.
@@ -63,7 +63,7 @@ class ChatFormatter(ChunkFormatter):
 
     def __init__(
         self,
-        served: Served,
+        served: ServedModel,
         tokenizer: Tokenizer | None,
         parser: Callable[[], Parser],
         *,

@@ -27,7 +27,7 @@ from hotloop.serve.errors import ApiError
 from hotloop.serve.logprobs import CompletionLogprobs, ScoredToken, scored_prompt
 from hotloop.serve.metrics import Tally
 from hotloop.serve.schemas import CompletionBody
-from hotloop.serve.served import Model, Served
+from hotloop.serve.served import LoadedModel, ServedModel
 from hotloop.serve.submit import submit
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import Delta, Generation, Score, Timing
@@ -35,7 +35,7 @@ from hotloop.types import Delta, Generation, Score, Timing
 
 async def completions(request: Request) -> Response:
     """Continues a prompt, or several."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     request_body = await read(request, CompletionBody, served.settings)
     served.check_name(request_body.model)
     model = served.model
@@ -48,7 +48,7 @@ async def completions(request: Request) -> Response:
     )
     if not all(prompts):
         raise ApiError(400, "prompt: a prompt is empty: give at least one token.", param="prompt")
-    params = None  # of an echo alone
+    params = None  # if prompts are only echoed
     if not (request_body.echo and request_body.max_tokens == 0):
         params = request_body.params(model.sampling, served.settings)
     scored: list[list[ScoredToken]] = []
@@ -93,7 +93,7 @@ def _check(request_body: CompletionBody, max_choices: int) -> None:
         )
 
 
-def _encoded(request_body: CompletionBody, model: Model) -> list[list[int]]:
+def _encoded(request_body: CompletionBody, model: LoadedModel) -> list[list[int]]:
     return [
         model.required_tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         for prompt in request_body.prompts
@@ -101,7 +101,7 @@ def _encoded(request_body: CompletionBody, model: Model) -> list[list[int]]:
 
 
 async def _scored(
-    request: Request, served: Served, ids: list[int], n_alternatives: int
+    request: Request, served: ServedModel, ids: list[int], n_alternatives: int
 ) -> list[ScoredToken]:
     """Scores a prompt: log-probabilities of its tokens after the first, and alternatives."""
     if len(ids) < 2:
@@ -117,7 +117,7 @@ async def _scored(
 
 
 def _only_echoed(
-    served: Served,
+    served: ServedModel,
     request_body: CompletionBody,
     formatter: CompletionFormatter,
     prompts: Sequence[list[int]],
@@ -155,16 +155,17 @@ class CompletionFormatter(ChunkFormatter):
     """Formats answers as text completions.
 
     Args:
-        served: The model.
+        served: The served model.
         request_body: The request.
         tokenizer: The model's tokenizer.
         prompts: The prompts.
-        scored: The log-probabilities of each prompt, if they were requested; else empty.
+        scored: The tokens of each prompt with their log-probabilities; empty if they were not
+            requested.
     """
 
     def __init__(
         self,
-        served: Served,
+        served: ServedModel,
         request_body: CompletionBody,
         tokenizer: Tokenizer | None,
         prompts: Sequence[list[int]],
@@ -177,7 +178,7 @@ class CompletionFormatter(ChunkFormatter):
             "model": served.settings.name,
         }
         self._chunks = Chunks(self._about)
-        self._asked, self._tokenizer = request_body, tokenizer
+        self._request_body, self._tokenizer = request_body, tokenizer
         self._prompts, self._scored = prompts, scored
         self._choices: dict[int, _Choice] = {}
 
@@ -186,10 +187,10 @@ class CompletionFormatter(ChunkFormatter):
         choice, events = self._choices.get(delta.index), ""
         if choice is None:
             choice = self._choice(delta.index)
-            if self._asked.echo:
+            if self._request_body.echo:
                 events = self._event(delta.index, choice.echoed, choice.echoed_logprobs, usage)
         logprobs = choice.logprobs(delta) if delta.logprobs else None
-        ids = delta.token_ids if self._asked.return_token_ids else ()
+        ids = delta.token_ids if self._request_body.return_token_ids else ()
         if delta.text or logprobs is not None or ids:
             events += self._event(delta.index, delta.text, logprobs, usage, ids=ids)
         if delta.generation is not None:
@@ -212,14 +213,14 @@ class CompletionFormatter(ChunkFormatter):
                     "logprobs": _joined([each for each in lists if each is not None]),
                     "finish_reason": _finish(generation),
                 }
-                | ({"token_ids": generation.token_ids} if self._asked.return_token_ids else {})
+                | ({"token_ids": generation.token_ids} if self._request_body.return_token_ids else {})
             )
         return {**self._about, "choices": choices, "usage": usage}
 
     def _choice(self, index: int) -> _Choice:
-        i = index // (self._asked.n or 1)
+        i = index // (self._request_body.n or 1)
         scored = self._scored[i] if self._scored else []
-        choice = _Choice(self._asked, self._tokenizer, i, self._prompts[i], scored)
+        choice = _Choice(self._request_body, self._tokenizer, i, self._prompts[i], scored)
         self._choices[index] = choice
         return choice
 

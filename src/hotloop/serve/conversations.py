@@ -117,14 +117,14 @@ class Conversations:
         markers, grammar = self._reasoning, params.grammar
         if grammar is not None and grammar.kind == "lark" and not use.forced:
             markers = None  # the grammar describes the whole answer
-        within = markers is not None and is_within_reasoning(
+        in_reasoning = markers is not None and is_within_reasoning(
             self._tokenizer, prompt.token_ids, markers, continued=_continued(request_body)
         )
         visible = self._parser.control_tokens if use.tools else ()
         if markers is not None:
             visible = (*visible, markers.begin, markers.end)
         grammar = answer_grammar(
-            grammar, use, self._parser, self._tokenizer, reasoning=markers, within=within
+            grammar, use, self._parser, self._tokenizer, reasoning=markers, in_reasoning=in_reasoning
         )
 
         def parser() -> Parser:
@@ -132,7 +132,7 @@ class Conversations:
             if use.tools:
                 names = frozenset(tool.name for tool in use.tools)
                 rest = self._parser(names, parallel=use.parallel)
-            return rest if markers is None else ReasoningParser(markers, rest, within=within)
+            return rest if markers is None else ReasoningParser(markers, rest, in_reasoning=in_reasoning)
 
         if visible != params.visible_tokens or grammar is not params.grammar:
             params = replace(params, visible_tokens=visible, grammar=grammar)

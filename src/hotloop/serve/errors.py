@@ -110,6 +110,16 @@ def as_api_error(error: Exception) -> ApiError:
             )
 
 
+def invalid_value(place: str, problem: str) -> ApiError:
+    """Returns the error of a request with an invalid value.
+
+    Args:
+        place: The place of the value in the request, such as ``messages[0].role``.
+        problem: The problem, which follows the place in the message.
+    """
+    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")
+
+
 def unavailable(message: str) -> ApiError:
     """Returns the error of a server that currently takes no requests."""
     return ApiError(
@@ -123,10 +133,10 @@ def unavailable(message: str) -> ApiError:
 
 async def handle(request: Request, error: Exception) -> Response:
     """Answers a request that raised an error."""
-    told = as_api_error(error)
-    if isinstance(error, HTTPException) and told.status in (404, 405):  # of Starlette's router
+    api_error = as_api_error(error)
+    if isinstance(error, HTTPException) and api_error.status in (404, 405):  # of the router
         route = f"{request.method} {shorten(request.url.path)}"
-        told.message = f"there is no route {route} here: the base URL of clients ends in /v1."
-    if told.status != CLIENT_CLOSED_REQUEST:
-        request.app.state.served.metrics.error(told.status)
-    return told.response()
+        api_error.message = f"there is no route {route} here: the base URL of clients ends in /v1."
+    if api_error.status != CLIENT_CLOSED_REQUEST:
+        request.app.state.served.metrics.error(api_error.status)
+    return api_error.response()

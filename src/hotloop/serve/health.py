@@ -7,12 +7,12 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 
 
 async def health(request: Request) -> Response:
     """Answers 200 if the server takes requests, or 503 with the reason."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     status = served.status
     body: dict[str, str] = {"status": status}
     if (error := served.error) is not None:
@@ -21,8 +21,8 @@ async def health(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Returns the metrics in a format of Prometheus."""
-    served: Served = request.app.state.served
+    """Returns the metrics in the exposition format of Prometheus that the client accepts."""
+    served: ServedModel = request.app.state.served
     accept = request.headers.get("accept", "")
-    body, content_type = await asyncio.to_thread(served.metrics.exposed, accept)
+    body, content_type = await asyncio.to_thread(served.metrics.exposition, accept)
     return Response(body, headers={"Content-Type": content_type})

@@ -22,7 +22,7 @@ from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.serve.app import create_app
 from hotloop.serve.gate import is_loopback
 from hotloop.serve.protocol import LimitedProtocol
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 from hotloop.serve.settings import ServerSettings
 
 POLL_S = 0.1
@@ -49,7 +49,7 @@ class HttpServer:
             block.
 
     Attributes:
-        served: The model.
+        served: The served model.
         port: Its port.
     """
 
@@ -57,7 +57,7 @@ class HttpServer:
         self, settings: ServerSettings, access_log: Callable[[str], None] | None = None
     ) -> None:
         self._settings = settings
-        self.served = Served(settings)
+        self.served = ServedModel(settings)
         self._socket = _listen(settings)
         self.port: int = self._socket.getsockname()[1]
         self._stop_requested, self._drain_canceled = threading.Event(), threading.Event()
@@ -90,7 +90,7 @@ class HttpServer:
 
     @property
     def is_open_to_all(self) -> bool:
-        """Whether other machines can use the server without a key."""
+        """True if other machines can use the server without a key."""
         return not (self._settings.keys or is_loopback(self._settings.host))
 
     @property

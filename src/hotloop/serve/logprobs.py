@@ -11,13 +11,13 @@ from hotloop.types import Score, TokenLogprob
 
 Lists = dict[str, list[Any]]
 
-LEAST = -9999.0
+MIN_LOGPROB = -9999.0
 """Replaces minus infinity, which JSON does not have, as in OpenAI's API."""
 
 
 def finite(logprob: float) -> float:
     """Returns a log-probability as a finite number."""
-    return max(logprob, LEAST)
+    return max(logprob, MIN_LOGPROB)
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -126,9 +126,9 @@ class CompletionLogprobs:
     ) -> dict[str, float]:
         """Returns alternatives by their text; for equal texts, the most likely one."""
         tops: dict[str, float] = {}
-        for token_id, its in top:
+        for token_id, value in top:
             name = token_text(self._tokenizer, token_id)
-            tops[name] = max(finite(its), tops.get(name, LEAST))
+            tops[name] = max(finite(value), tops.get(name, MIN_LOGPROB))
         tops.setdefault(text, finite(logprob))
         return tops
 

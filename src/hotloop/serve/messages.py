@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hotloop.errors import shorten_value
-from hotloop.serve.errors import ApiError
+from hotloop.serve.errors import ApiError, invalid_value
 from hotloop.serve.tool_use import Tool
 from hotloop.serve.tools import ToolParser
 
@@ -55,13 +55,13 @@ def _message(place: str, message: Mapping[str, Any], parser: type[ToolParser]) -
     given = {key: value for key, value in message.items() if value is not None}
     role = given.get("role")
     if not isinstance(role, str):
-        raise _refused(f"{place}.role", f"must be text, not {shorten_value(role)}.")
+        raise invalid_value(f"{place}.role", f"must be text, not {shorten_value(role)}.")
     given["role"] = _ROLES.get(role, role)
     given["content"] = content_text(f"{place}.content", given.get("content", ""))
     calls = given.pop("tool_calls", None)
     if calls:
         if not isinstance(calls, list):
-            raise _refused(f"{place}.tool_calls", f"must be a list, not {shorten_value(calls)}.")
+            raise invalid_value(f"{place}.tool_calls", f"must be a list, not {shorten_value(calls)}.")
         given["tool_calls"] = [
             _call(f"{place}.tool_calls[{i}]", call, parser) for i, call in enumerate(calls)
         ]
@@ -83,7 +83,7 @@ def content_text(place: str, content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _refused(place, f"must be text or a list of parts, not {shorten_value(content)}.")
+        raise invalid_value(place, f"must be text or a list of parts, not {shorten_value(content)}.")
     texts = []
     for i, part in enumerate(content):
         match part:
@@ -94,12 +94,12 @@ def content_text(place: str, content: object) -> str:
             case {"type": "refusal", "refusal": str(text)}:
                 texts.append(text)
             case {"type": str(kind)} if kind not in _TEXT_PARTS:
-                raise _refused(
+                raise invalid_value(
                     f"{place}[{i}]",
                     f"has the type {shorten_value(kind)}, but this model reads only text.",
                 )
             case _:
-                raise _refused(
+                raise invalid_value(
                     f"{place}[{i}]", f"must be a part with a text, not {shorten_value(part)}."
                 )
     return "\n".join(texts)
@@ -110,13 +110,13 @@ def _call(place: str, call: Any, parser: type[ToolParser]) -> Message:
         case {"function": {"name": str(name)} as function}:
             arguments = function.get("arguments")
         case _:
-            raise _refused(place, f"must be a call of a function, not {shorten_value(call)}.")
+            raise invalid_value(place, f"must be a call of a function, not {shorten_value(call)}.")
     if isinstance(arguments, str):
         arguments = _parsed(arguments)
     elif arguments is None:
         arguments = {}
     elif not isinstance(arguments, dict):
-        raise _refused(
+        raise invalid_value(
             f"{place}.function.arguments", f"must be JSON as text, not {shorten_value(arguments)}."
         )
     given: Message = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -172,7 +172,3 @@ def _with_definitions(
 
 def _as_json(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _refused(place: str, problem: str) -> ApiError:
-    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")

@@ -1,8 +1,8 @@
 """``Metrics``: the metrics for Prometheus.
 
-Names have the endings and the label of vLLM's, so that dashboards made for vLLM need only another
-prefix. Buckets begin at a quarter of a millisecond, since a token can take less than vLLM's first
-bucket.
+A metric that vLLM has too has the same name with another prefix, and the same labels, so that
+dashboards made for vLLM need only that prefix. Buckets begin at a quarter of a millisecond, since a
+token can take less than vLLM's first bucket.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class Metrics:
         self._prefill.observe(timing.ttft_s - timing.queue_s)
         self._decode.observe(timing.e2e_s - timing.ttft_s)
 
-    def exposed(self, accept: str) -> tuple[bytes, str]:
-        """Returns all metrics in a format of Prometheus, and its content type.
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Returns all metrics in an exposition format of Prometheus, and its content type.
 
         Args:
             accept: The formats that the client takes, as an ``Accept`` header.
@@ -163,7 +163,8 @@ class DeltaMetrics(Collector):
 
         Args:
             n_tokens: Its tokens.
-            gap_s: Seconds since the previous delta; None is not counted.
+            gap_s: Seconds since the previous delta of the answer; None for the first one, and for
+                one without tokens.
         """
         with self._lock:
             self._n_tokens += n_tokens

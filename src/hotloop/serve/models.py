@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 
 
 async def models(request: Request) -> Response:
@@ -17,16 +17,16 @@ async def models(request: Request) -> Response:
 
 async def model(request: Request) -> Response:
     """Describes the model with this name."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     served.check_name(request.path_params["name"])
     return JSONResponse(_model(served))
 
 
-def _model(served: Served) -> dict[str, Any]:
+def _model(served: ServedModel) -> dict[str, Any]:
     return {
         "id": served.settings.name,
         "object": "model",
         "created": served.created,
         "owned_by": "hotloop",
-        "max_model_len": served.model.about.max_seq_len,
+        "max_model_len": served.model.description.max_seq_len,
     }

@@ -45,7 +45,7 @@ class DirectBody:
 
     Attributes:
         n_bytes: Bytes of the body that were written.
-        wrote_s: When it last wrote, by ``time.monotonic``.
+        last_write_s: The time of its last write, by ``time.monotonic``; 0 before the first.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -54,7 +54,7 @@ class DirectBody:
         # then be another client's.
         self._fd = os.dup(transport.get_extra_info("socket").fileno())
         self._rest = b""
-        self.n_bytes, self.wrote_s = 0, 0.0
+        self.n_bytes, self.last_write_s = 0, 0.0
 
     def write(self, make: Callable[[], str]) -> bool:
         """Writes a part without waiting, unless that would overtake what was written before.
@@ -79,7 +79,7 @@ class DirectBody:
             n = 0
         self._rest = chunk[n:]
         self.n_bytes += len(data)
-        self.wrote_s = time.monotonic()
+        self.last_write_s = time.monotonic()
         return not self._rest
 
     def flush(self) -> None:
@@ -114,14 +114,14 @@ class LimitedProtocol(H11Protocol):
         own = {ABORT: self.abort, DIRECT_BODY: self.direct_body}
         super().__init__(config, server_state, app_state | own, _loop)
         self._settings = settings
-        self._waiting_for: Literal["headers", "body"] | None = None
+        self._expected: Literal["headers", "body"] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyrefly: ignore
         """Accepts a connection, or refuses it if there are too many."""
         is_one_too_many = len(self.connections) >= self._settings.max_connections
         super().connection_made(transport)
-        self._wait_for("headers")
+        self._expect("headers")
         if is_one_too_many:
             limit = self._settings.max_connections
             self._refuse(
@@ -129,8 +129,8 @@ class LimitedProtocol(H11Protocol):
             )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends with the connection."""
-        self._wait_for(None)
+        """Stops the timer."""
+        self._expect(None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -140,9 +140,9 @@ class LimitedProtocol(H11Protocol):
         super().data_received(data)
         state = self.conn.their_state
         if state is h11.IDLE and self.conn.our_state is h11.IDLE:
-            self._wait_for("headers")
+            self._expect("headers")
         else:
-            self._wait_for("body" if state is h11.SEND_BODY else None)
+            self._expect("body" if state is h11.SEND_BODY else None)
 
     def send_400_response(self, msg: str) -> None:
         """Answers bytes that are not an HTTP request, with the status that h11 suggests."""
@@ -157,11 +157,11 @@ class LimitedProtocol(H11Protocol):
         else:
             super().timeout_keep_alive_handler()
 
-    def _wait_for(self, part: Literal["headers", "body"] | None) -> None:
-        """Limits the time of a part of a request, from now on; None ends the limit."""
-        if part == self._waiting_for:
+    def _expect(self, part: Literal["headers", "body"] | None) -> None:
+        """Starts the timer of the part of a request that comes next; None stops it."""
+        if part == self._expected:
             return
-        self._waiting_for = part
+        self._expected = part
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -179,7 +179,7 @@ class LimitedProtocol(H11Protocol):
             self._refuse(ApiError(408, message, type="timeout_error", code="request_timeout"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers an error, unless an answer has begun, and ends the connection."""
+        """Sends an error, unless a response has begun, and closes the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body).encode()
             headers = {
@@ -196,7 +196,7 @@ class LimitedProtocol(H11Protocol):
             )
             for event in events:
                 self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None:  # of a request whose body broke off: it has its answer
+        if self.cycle is not None:  # the application may still wait for the rest of the body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()

@@ -64,13 +64,13 @@ class ReasoningParser:
     Args:
         markers: The markers.
         rest: The parser of the text after the reasoning.
-        within: The answer begins within reasoning.
+        in_reasoning: The answer begins within reasoning.
     """
 
-    def __init__(self, markers: Markers, rest: Parser, *, within: bool) -> None:
+    def __init__(self, markers: Markers, rest: Parser, *, in_reasoning: bool) -> None:
         self._begin, self._end, self._rest = markers.begin, markers.end, rest
         self._stage: Literal["before", "reasoning", "after", "rest"] = "before"
-        self._within = within
+        self._in_reasoning = in_reasoning
         self._begun = False  # there has been reasoning
         self._held = ""
 
@@ -97,7 +97,7 @@ class ReasoningParser:
         """Ends the text; returns the parts that were withheld."""
         held, self._held = self._held, ""
         parts: list[Part] = []
-        is_reasoning = self._stage == "reasoning" or (self._stage == "before" and self._within)
+        is_reasoning = self._stage == "reasoning" or (self._stage == "before" and self._in_reasoning)
         if is_reasoning and held.strip(SPACE):
             parts.append(Reasoning(held.rstrip(SPACE)))
         elif held and not is_reasoning:
@@ -110,9 +110,9 @@ class ReasoningParser:
             self._held = text[len(self._begin) :].lstrip(SPACE)
             self._stage = "reasoning"
         elif not self._begin.startswith(text):
-            if self._within:
+            if self._in_reasoning:
                 self._held = text
-            self._stage = "reasoning" if self._within else "rest"
+            self._stage = "reasoning" if self._in_reasoning else "rest"
 
     def _reasoning(self) -> Sequence[Part]:
         """Takes reasoning from the withheld text."""

@@ -17,12 +17,12 @@ from starlette.responses import Response
 from hotloop.errors import shorten_value
 from hotloop.serve.answers import as_string, compact, respond
 from hotloop.serve.bodies import read
-from hotloop.serve.errors import ApiError, as_api_error
+from hotloop.serve.errors import ApiError, as_api_error, invalid_value
 from hotloop.serve.logprobs import chat_logprobs
 from hotloop.serve.messages import Message, content_text
 from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, Part, Reasoning
 from hotloop.serve.schemas import Conversation, ResponsesBody
-from hotloop.serve.served import Served
+from hotloop.serve.served import ServedModel
 from hotloop.serve.submit import submit_turn
 from hotloop.serve.tool_use import ToolUse, read_tool_use
 from hotloop.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ Item = dict[str, Any]
 
 async def responses(request: Request) -> Response:
     """Answers items with items."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     request_body = await read(request, ResponsesBody, served.settings)
     served.check_name(request_body.model)
     _check_stateless(request_body)
@@ -72,7 +72,7 @@ def _check_stateless(request_body: ResponsesBody) -> None:
 
 
 def _about(
-    served: Served, request_body: ResponsesBody, use: ToolUse, params: SamplingParams
+    served: ServedModel, request_body: ResponsesBody, use: ToolUse, params: SamplingParams
 ) -> dict[str, Any]:
     """Returns the fields of a response that are known before its answer."""
     return {
@@ -136,26 +136,26 @@ def _add_item(messages: list[Message], place: str, item: Item) -> None:
             role = "system" if role == "developer" else role
             content = content_text(f"{place}.content", item.get("content", ""))
             if role == "assistant":
-                message = _answer(messages, holds="content")
+                message = _assistant_message(messages, "content")
                 message["content"] = content
             else:
                 messages.append({"role": role, "content": content})
         case {"type": "reasoning"}:
             thoughts = item.get("content") or item.get("summary") or []
-            message = _answer(messages, holds="reasoning_content")
+            message = _assistant_message(messages, "reasoning_content")
             message["reasoning_content"] = _thoughts(place, thoughts)
         case {"type": "function_call", "name": str(name), "arguments": str(arguments)}:
             call = {"type": "function", "function": {"name": name, "arguments": arguments}}
             if isinstance(call_id := item.get("call_id"), str):
                 call["id"] = call_id
-            _answer(messages).setdefault("tool_calls", []).append(call)
+            _assistant_message(messages).setdefault("tool_calls", []).append(call)
         case {"type": "function_call_output", "call_id": str(call_id)}:
             content = content_text(f"{place}.output", item.get("output", ""))
             messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
         case {"type": "item_reference"}:
-            raise _refused(place, "this server stores no items: send the item itself.")
+            raise invalid_value(place, "this server stores no items: send the item itself.")
         case _:
-            raise _refused(
+            raise invalid_value(
                 place,
                 "must be a message, a reasoning, a function_call or a function_call_output, with "
                 f"their fields, not {shorten_value(item)}.",
@@ -168,24 +168,25 @@ def _thoughts(place: str, parts: Any) -> str:
         case [*_] if all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
             return "\n".join(part["text"] for part in parts)
         case _:
-            raise _refused(place, f"must have parts with a text, not {shorten_value(parts)}.")
+            raise invalid_value(place, f"must have parts with a text, not {shorten_value(parts)}.")
 
 
-def _answer(messages: list[Message], holds: str = "") -> Message:
-    """Returns the assistant's message at the end; appends one if that has the field already."""
+def _assistant_message(messages: list[Message], field: str = "") -> Message:
+    """Returns the message of the assistant to which an item belongs: the last one, or a new one.
+
+    Args:
+        messages: The messages so far; a new one is appended.
+        field: The field that the item sets, which comes before calls and only once; empty for a
+            call.
+    """
     last = messages[-1] if messages else None
     if (
         last is None
         or last["role"] != "assistant"
-        or (holds and (holds in last))
-        or (holds and "tool_calls" in last)
+        or (field and (field in last or "tool_calls" in last))
     ):
         messages.append({"role": "assistant"})
     return messages[-1]
-
-
-def _refused(place: str, problem: str) -> ApiError:
-    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")
 
 
 # ---------------------------------------------------------------------------------------- output
@@ -207,9 +208,9 @@ class ResponsesFormatter:
         self._n_events = 0
         self._items: list[Item] = []  # the last one can be open
         self._text: list[str] = []  # of the open item
-        self._delta = ""  # the common fields of the open item's delta events
+        self._delta = ""  # the common fields of the open item's delta events; empty if none is open
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text has not been sent
-        self._n_reasoning = 0  # tokens
+        self._n_reasoning_tokens = 0
         self._finish_reason: FinishReason | None = None
 
     # ------------------------------------------------------------------------------ streamed
@@ -255,46 +256,60 @@ class ResponsesFormatter:
         if delta.generation is not None:
             self._finish_reason = delta.generation.finish_reason
             parts += self._parser.end()
-        events = [event for part in parts for event in self._part(part)]
+        events = [event for part in parts for event in self._part_events(part)]
         if self._is_open("reasoning"):
-            self._n_reasoning += len(delta.token_ids)
+            self._n_reasoning_tokens += len(delta.token_ids)
         if delta.generation is not None:
             if not self._items:
                 events += self._begin(_message())  # an answer of no text
             events += self._end_item(self._status())
         return events
 
-    def _part(self, part: Part) -> list[str]:
+    def _part_events(self, part: Part) -> list[str]:
         match part:
             case Content(text):
-                return self._more("message", _message, text)
+                return self._append_text("message", text, _message)
             case Reasoning(text):
-                return self._more("reasoning", _reasoning, text)
+                return self._append_text("reasoning", text, _reasoning)
             case CallArguments(_, text):
-                return self._more("function_call", _message, text)
+                return self._append_text("function_call", text)
             case CallStart(_, call_id, name):
                 return self._begin(_call(call_id, name))
 
-    def _more(self, kind: str, new: Callable[[], Item], text: str) -> list[str]:
-        """Adds text to the open item; begins a new item if the kind differs."""
-        events = [] if self._is_open(kind) else self._begin(new())
+    def _append_text(
+        self, kind: str, text: str, new: Callable[[], Item] | None = None
+    ) -> list[str]:
+        """Adds text to the open item; begins a new item if that has another type.
+
+        Args:
+            kind: The type of the item.
+            text: The text.
+            new: Makes a new item; None if an item of the type must be open.
+        """
+        events: list[str] = []
+        if not self._is_open(kind):
+            assert new is not None, f"the text belongs to an open {kind}"
+            events = self._begin(new())
         self._text.append(text)
-        logprobs = self._told_logprobs(kind)
+        logprobs = self._pop_logprobs(kind)
         more = f',"logprobs":{compact(logprobs)}' if kind == "message" else ""
         data = f'{self._delta}"delta":{as_string(text)}{more}'
-        return [*events, self._written(_DELTA_EVENTS[kind], data)]
+        return [*events, self._numbered_event(_DELTA_EVENTS[kind], data)]
 
     def _is_open(self, kind: str) -> bool:
         return bool(self._items) and self._items[-1]["type"] == kind and bool(self._delta)
 
-    def _told_logprobs(self, kind: str) -> list[dict[str, Any]]:
-        """Takes the log-probabilities of the tokens of a message's text."""
+    def _pop_logprobs(self, kind: str) -> list[dict[str, Any]]:
+        """Returns the log-probabilities that are due, and adds them to the open message.
+
+        Those of tokens outside messages are dropped.
+        """
         logprobs, self._logprobs = self._logprobs, []
         if kind != "message" or not logprobs or self._tokenizer is None:
             return []
-        told = chat_logprobs(self._tokenizer, logprobs)["content"]
-        self._items[-1]["content"][0]["logprobs"] += told
-        return told
+        content = chat_logprobs(self._tokenizer, logprobs)["content"]
+        self._items[-1]["content"][0]["logprobs"] += content
+        return content
 
     def _begin(self, item: Item) -> list[str]:
         """Begins an item, and ends the previous one."""
@@ -304,9 +319,9 @@ class ResponsesFormatter:
         self._text = []
         place = {"item_id": item["id"], "output_index": index}
         parts = item.get("content")
-        told = {**item, "content": []} if parts is not None else item
+        begun = {**item, "content": []} if parts is not None else item
         events.append(
-            self._event("response.output_item.added", {"output_index": index, "item": told})
+            self._event("response.output_item.added", {"output_index": index, "item": begun})
         )
         if parts is not None:
             place["content_index"] = 0
@@ -348,25 +363,25 @@ class ResponsesFormatter:
         usage: Mapping[str, Any] | None = None,
         error: Exception | None = None,
     ) -> dict[str, Any]:
-        told = None
+        failure = None
         if error is not None:
-            told = {"code": "server_error", "message": as_api_error(error).message}
+            failure = {"code": "server_error", "message": as_api_error(error).message}
         return {
             **self._about,
             "status": status,
             "completed_at": int(time.time()) if status == "completed" else None,
-            "error": told,
+            "error": failure,
             "incomplete_details": (
                 {"reason": "max_output_tokens"} if status == "incomplete" else None
             ),
             "output": self._items,
-            "usage": None if usage is None else _usage(usage, self._n_reasoning),
+            "usage": None if usage is None else _usage(usage, self._n_reasoning_tokens),
         }
 
     def _event(self, kind: str, fields: Mapping[str, Any]) -> str:
-        return self._written(kind, compact(fields)[1:-1])
+        return self._numbered_event(kind, compact(fields)[1:-1])
 
-    def _written(self, kind: str, fields: str) -> str:
+    def _numbered_event(self, kind: str, fields: str) -> str:
         """Returns an event, numbered in the order of the stream."""
         number, self._n_events = self._n_events, self._n_events + 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'
@@ -416,8 +431,8 @@ def _new_id(kind: str) -> str:
     return f"{kind}_{secrets.token_hex(16)}"
 
 
-def _usage(usage: Mapping[str, Any], n_reasoning: int) -> dict[str, Any]:
-    """Returns the usage of a chat by the names of this API."""
+def _usage(usage: Mapping[str, Any], n_reasoning_tokens: int) -> dict[str, Any]:
+    """Returns the usage with the names of this API instead of those of chat completions."""
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {
@@ -425,6 +440,6 @@ def _usage(usage: Mapping[str, Any], n_reasoning: int) -> dict[str, Any]:
             "cache_write_tokens": 0,
         },
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": n_reasoning},
+        "output_tokens_details": {"reasoning_tokens": n_reasoning_tokens},
         "total_tokens": usage["total_tokens"],
     }

@@ -69,12 +69,10 @@ _NO_EXTENSION, _NO_STREAM_OPTIONS = Extension(), StreamOptions()
 
 
 class SamplingBody(Body):
-    """Sampling options, for every route that generates.
+    """Sampling options, for every route that generates."""
 
-    For a default that is a model, pydantic would make a deep copy per request; a factory returns
-    the same object.
-    """
-
+    # The defaults that are models come from factories, which return the same object each time:
+    # pydantic would make a deep copy of a plain default for each request.
     model: str | None = None
     hotloop: Extension = Field(default_factory=lambda: _NO_EXTENSION)
     stream: bool = False
@@ -99,6 +97,11 @@ class SamplingBody(Body):
     guided_regex: Any = None
     guided_grammar: Any = None
     guided_choice: Any = None
+
+    @property
+    def limit_field(self) -> str:
+        """The name of the field that limits the tokens of an answer."""
+        return "max_tokens"
 
     @property
     def limit(self) -> int | None:
@@ -140,14 +143,17 @@ class SamplingBody(Body):
         """Returns the model's ``defaults``, with the client's options.
 
         Raises:
-            ApiError: There are too many stop strings, or one is empty.
-            RequestError: An option is out of range.
+            ApiError: There are too many stop strings, the limit of tokens is below 1, or the
+                grammar is not supported.
+            RequestError: Another option is out of range, a stop string is empty, or a grammar is
+                too large.
         """
         if len(self.stop) > settings.max_stops:
             raise ApiError(400, f"stop has more than {settings.max_stops} strings.", param="stop")
         limit = self.limit
         if limit is not None and limit < 1:
-            raise ApiError(400, f"max_tokens: must be 1 or more, not {limit}.", param="max_tokens")
+            field = self.limit_field
+            raise ApiError(400, f"{field}: must be 1 or more, not {limit}.", param=field)
         given: dict[str, Any] = {
             "max_new_tokens": limit,
             "min_new_tokens": self.min_tokens,
@@ -167,19 +173,20 @@ class SamplingBody(Body):
             "speculate": self.hotloop.speculate,
         }
         fields = {k: v for k, v in given.items() if v is not None}
-        if (grammar := self.grammar) is not None:  # which may be large, and is not kept
+        if (grammar := self.grammar) is not None:  # which may be large, so it is not cached
             return replace(defaults, grammar=grammar, **fields)
-        changed = _changed if sum(map(len, self.stop)) <= _MAX_KEPT else _changed.__wrapped__
-        return changed(defaults, tuple(fields.items()))
+        is_small = sum(map(len, self.stop)) <= _MAX_CACHED_STOP_CHARS
+        with_fields = _with_fields if is_small else _with_fields.__wrapped__
+        return with_fields(defaults, tuple(fields.items()))
 
 
-_MAX_KEPT = 1024
-"""The most characters of stop strings in options that are cached; a body can have millions."""
+_MAX_CACHED_STOP_CHARS = 1024
+"""The most characters of stop strings in cached options: a body can have millions."""
 
 
 @functools.lru_cache(64)
-def _changed(defaults: SamplingParams, fields: tuple[tuple[str, Any], ...]) -> SamplingParams:
-    """Changes fields of sampling options; cached, since most requests have the same options."""
+def _with_fields(defaults: SamplingParams, fields: tuple[tuple[str, Any], ...]) -> SamplingParams:
+    """Replaces fields of sampling options; cached, since most requests have the same options."""
     return replace(defaults, **dict(fields))
 
 
@@ -219,10 +226,14 @@ class ChatBody(SamplingBody, Conversation):
     parallel_tool_calls: bool = True
 
     @property
+    def limit_field(self) -> str:
+        """See ``SamplingBody``."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def limit(self) -> int | None:
         """See ``SamplingBody``."""
-        newer, older = self.max_completion_tokens, self.max_tokens
-        return _or_all_the_context(older if newer is None else newer)
+        return _or_all_the_context(getattr(self, self.limit_field))
 
     @property
     def n_logprobs(self) -> int | None:
@@ -253,6 +264,11 @@ class ResponsesBody(SamplingBody):
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
     background: bool = False
+
+    @property
+    def limit_field(self) -> str:
+        """See ``SamplingBody``."""
+        return "max_output_tokens"
 
     @property
     def limit(self) -> int | None:
@@ -296,4 +312,4 @@ class DetokenizeBody(Body):
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-"""The end of an answer, by the API's names."""
+"""Why an answer ended, by the API's names."""

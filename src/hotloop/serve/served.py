@@ -1,4 +1,4 @@
-"""``Served``: the model of a server, from loading to its end.
+"""``ServedModel``: the model of a server, from loading to its end.
 
 The server uses only one part of the engine: ``engine.service``.
 """
@@ -29,13 +29,13 @@ Status = Literal["loading", "ready", "draining", "stalled", "failed"]
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A loaded model.
 
     Attributes:
         service: Its engine.
         tokenizer: Its tokenizer; None for random weights.
-        about: Its engine's description.
+        description: Its engine's description.
         sampling: The default sampling options of requests.
         conversations: Formats conversations with it, and parses its answers; None without a
             tokenizer.
@@ -43,7 +43,7 @@ class Model:
 
     service: Service
     tokenizer: Tokenizer | None
-    about: EngineDescription
+    description: EngineDescription
     sampling: SamplingParams
     conversations: Conversations | None
 
@@ -70,8 +70,8 @@ class Model:
         return self.conversations
 
 
-class Served:
-    """The model of a server.
+class ServedModel:
+    """The model of a server, and the state of serving it: loading, ready, draining, …
 
     Args:
         settings: The server's settings.
@@ -88,7 +88,7 @@ class Served:
         self.created = int(time.time())
         self.draining = False
         self.metrics = Metrics(settings.name)
-        self._model: Model | None = None
+        self._model: LoadedModel | None = None
 
     def attach(self, service: Service) -> None:
         """Serves an engine from now on. Called from any thread."""
@@ -107,10 +107,10 @@ class Served:
         if sampling.greedy:
             sampling = replace(sampling, temperature=API_TEMPERATURE)
         self.metrics.watch(service)
-        self._model = Model(service, tokenizer, service.description, sampling, conversations)
+        self._model = LoadedModel(service, tokenizer, service.description, sampling, conversations)
 
     @property
-    def model(self) -> Model:
+    def model(self) -> LoadedModel:
         """The model.
 
         Raises:
@@ -140,7 +140,7 @@ class Served:
 
     @property
     def status(self) -> Status:
-        """Whether the model takes requests, and if not, why."""
+        """The state of the model; it takes requests only if it is ``ready``."""
         if self._model is None:
             return "loading"
         state = self._model.service.state()

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from hotloop.errors import shorten_value
-from hotloop.serve.errors import ApiError
+from hotloop.serve.errors import invalid_value
 from hotloop.types import Grammar
 
 _KINDS = "text, json_object, json_schema, regex or lark"
-_OF_VLLM = ("json", "json_object", "regex", "grammar", "choice")
-_OPTIONS_OF_VLLM = ("disable_any_whitespace", "disable_fallback", "whitespace_pattern")
-"""Further fields, which are ignored: they affect only whitespace."""
+_VLLM_FIELDS = ("json", "json_object", "regex", "grammar", "choice")
+_VLLM_OPTIONS = ("disable_any_whitespace", "disable_fallback", "whitespace_pattern")
+"""Further fields of vLLM, which are ignored: they choose whitespace, or another backend."""
 
 
 def format_grammar(place: str, given: Mapping[str, Any] | None) -> Grammar | None:
@@ -50,9 +50,9 @@ def format_grammar(place: str, given: Mapping[str, Any] | None) -> Grammar | Non
             return Grammar(kind="lark", source=source)
         case {"type": "json_schema" | "regex" | "lark" as kind}:
             field = {"json_schema": "schema", "regex": "regex", "lark": "grammar"}[kind]
-            raise _refused(place, f"{kind} needs a {field}.")
+            raise invalid_value(place, f"{kind} needs a {field}.")
         case _:
-            raise _refused(place, f"must be of the type {_KINDS}, not {shorten_value(given)}.")
+            raise invalid_value(place, f"must be of the type {_KINDS}, not {shorten_value(given)}.")
 
 
 def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
@@ -69,14 +69,16 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
     asked = {
         k: v
         for k, v in given.items()
-        if v is not None and v is not False and k not in _OPTIONS_OF_VLLM
+        if v is not None and v is not False and k not in _VLLM_OPTIONS
     }
     for kind in asked:
-        if kind not in _OF_VLLM:
-            served = ", ".join(_OF_VLLM)
-            raise _refused(place, f"{shorten_value(kind)} is not supported; these are: {served}.")
+        if kind not in _VLLM_FIELDS:
+            fields = ", ".join(_VLLM_FIELDS)
+            raise invalid_value(
+                place, f"{shorten_value(kind)} is not supported. Supported fields: {fields}."
+            )
     if len(asked) > 1:
-        raise _refused(place, f"{', '.join(asked)} were given: give one.")
+        raise invalid_value(place, f"{', '.join(asked)} were given: give one.")
     for kind, value in asked.items():
         match kind, value:
             case "json_object", True:
@@ -93,7 +95,7 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
                 choices = " | ".join(map(quoted, value))
                 return Grammar(kind="lark", source=f"start: {choices}")
             case _:
-                raise _refused(place, f"{kind} cannot have the value {shorten_value(value)}.")
+                raise invalid_value(place, f"{kind} cannot have the value {shorten_value(value)}.")
     return None
 
 
@@ -104,7 +106,3 @@ def quoted(text: str) -> str:
 
 def _schema(schema: Mapping[str, Any]) -> Grammar:
     return Grammar(kind="json_schema", source=json.dumps(schema, ensure_ascii=False))
-
-
-def _refused(place: str, problem: str) -> ApiError:
-    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")

@@ -13,14 +13,14 @@ from hotloop.serve.answer_grammar import arguments_grammar
 from hotloop.serve.conversations import Turn
 from hotloop.serve.errors import ApiError
 from hotloop.serve.gate import SALT
-from hotloop.serve.served import Model
+from hotloop.serve.served import LoadedModel
 from hotloop.serve.tool_use import Tool
 from hotloop.types import Prompt, SamplingParams
 
 
 async def submit(
     request: Request,
-    model: Model,
+    model: LoadedModel,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     *,
@@ -47,7 +47,7 @@ async def submit(
 
 
 async def submit_turn(
-    request: Request, model: Model, turn: Callable[[], Turn]
+    request: Request, model: LoadedModel, turn: Callable[[], Turn]
 ) -> tuple[Turn, Ticket]:
     """Submits the prompt of a conversation.
 
@@ -71,7 +71,7 @@ async def submit_turn(
     return await asyncio.to_thread(submitted)
 
 
-def _check_tools(model: Model, forced: Sequence[Tool]) -> None:
+def _check_tools(model: LoadedModel, forced: Sequence[Tool]) -> None:
     """Refuses the first tool whose parameters cannot be enforced.
 
     Raises:
@@ -86,7 +86,7 @@ def _check_tools(model: Model, forced: Sequence[Tool]) -> None:
 
 
 def _submit(
-    request: Request, model: Model, prompts: Sequence[Prompt], params: SamplingParams
+    request: Request, model: LoadedModel, prompts: Sequence[Prompt], params: SamplingParams
 ) -> Ticket:
     salt = request.scope.get(SALT, "")
     return model.service.submit_all(prompts, params, salt=salt, clamp=True)

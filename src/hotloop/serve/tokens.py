@@ -13,24 +13,24 @@ from starlette.responses import JSONResponse, Response
 from hotloop.serve.bodies import read
 from hotloop.serve.errors import ApiError
 from hotloop.serve.schemas import DetokenizeBody, TokenizeBody
-from hotloop.serve.served import Model, Served
+from hotloop.serve.served import LoadedModel, ServedModel
 from hotloop.serve.tool_use import read_tool_use
 
 
 async def tokenize(request: Request) -> Response:
     """Encodes a text, or a conversation up to where the model's answer begins."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     request_body = await read(request, TokenizeBody, served.settings)
     served.check_name(request_body.model)
     model = served.model
     ids = await asyncio.to_thread(_encoded, request_body, model)
-    body = {"count": len(ids), "max_model_len": model.about.max_seq_len, "tokens": ids}
+    body = {"count": len(ids), "max_model_len": model.description.max_seq_len, "tokens": ids}
     if request_body.return_token_strs:
         body |= {"token_strs": await asyncio.to_thread(_texts, ids, model)}
     return JSONResponse(body)
 
 
-def _encoded(request_body: TokenizeBody, model: Model) -> list[int]:
+def _encoded(request_body: TokenizeBody, model: LoadedModel) -> list[int]:
     if request_body.messages is not None:
         use = read_tool_use(request_body.tools, None)
         return list(model.required_conversations.prompt(request_body, use).token_ids)
@@ -41,13 +41,13 @@ def _encoded(request_body: TokenizeBody, model: Model) -> list[int]:
     )
 
 
-def _texts(ids: list[int], model: Model) -> list[str]:
+def _texts(ids: list[int], model: LoadedModel) -> list[str]:
     return [model.required_tokenizer.decode([i], skip_special=False) for i in ids]
 
 
 async def detokenize(request: Request) -> Response:
     """Decodes token ids."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     request_body = await read(request, DetokenizeBody, served.settings)
     served.check_name(request_body.model)
     text = await asyncio.to_thread(
@@ -58,14 +58,14 @@ async def detokenize(request: Request) -> Response:
 
 async def tokenizer_info(request: Request) -> Response:
     """Describes the tokenizer."""
-    served: Served = request.app.state.served
+    served: ServedModel = request.app.state.served
     tokenizer = served.model.required_tokenizer
     names = tokenizer.names
     return JSONResponse(
         {
             "tokenizer_class": tokenizer.config.get("tokenizer_class"),
             "vocab_size": tokenizer.vocab_size,
-            "model_max_length": served.model.about.max_seq_len,
+            "model_max_length": served.model.description.max_seq_len,
             "bos_token": names.get("bos_token"),
             "eos_token": names.get("eos_token"),
             "pad_token": names.get("pad_token"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hotloop.errors import shorten_value
-from hotloop.serve.errors import ApiError
+from hotloop.serve.errors import ApiError, invalid_value
 
 MAX_NAME_CHARS = 256
 MAX_TOOLS = 1024
@@ -36,10 +36,10 @@ class ToolUse:
 
     Attributes:
         tools: The tools that the prompt defines.
-        choice: Whether an answer may (``auto``) or must (``required``) call tools, or must call the
-            tool ``name``.
+        choice: ``auto``: an answer may call tools; ``required``: it must; ``named``: it must call
+            the tool ``name``.
         name: The name of that tool.
-        parallel: Whether an answer may have several calls; with a named tool it has one.
+        parallel: An answer may have several calls; with a named tool it has one.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -66,7 +66,7 @@ def read_tool_use(
     Args:
         tools: The definitions.
         choice: The choice; None means ``auto``.
-        parallel: Whether an answer may have several calls.
+        parallel: An answer may have several calls.
 
     Raises:
         ApiError: A definition or the choice is not valid.
@@ -77,12 +77,12 @@ def read_tool_use(
     names = [tool.name for tool in given]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise _refused(f"tools[{i}]", f"the name {shorten_value(name)} appears twice.")
+            raise invalid_value(f"tools[{i}]", f"the name {shorten_value(name)} appears twice.")
     kind, name = _choice(choice)
     if kind in ("required", "named") and not given:
-        raise _refused("tool_choice", f"{kind} needs tools, and there are none.")
+        raise invalid_value("tool_choice", f"{kind} needs tools, and there are none.")
     if kind == "named" and name not in names:
-        raise _refused("tool_choice", f"there is no tool {shorten_value(name)}.")
+        raise invalid_value("tool_choice", f"there is no tool {shorten_value(name)}.")
     if kind == "none":
         return ToolUse()
     return ToolUse(tuple(given), kind, name, parallel and kind != "named")
@@ -101,7 +101,7 @@ def _choice(choice: Any) -> tuple[Literal["none", "auto", "required", "named"], 
         case {"type": "function", "name": str(name)}:
             return "named", name
         case _:
-            raise _refused(
+            raise invalid_value(
                 "tool_choice",
                 f"must be one of {', '.join(_CHOICES)}, or an object with the type function and a "
                 f"name, not {shorten_value(choice)}.",
@@ -112,7 +112,7 @@ def _tool(index: int, given: Mapping[str, Any]) -> Tool:
     place = f"tools[{index}]"
     kind = given.get("type")
     if kind != "function":
-        raise _refused(
+        raise invalid_value(
             place,
             f"must have the type function, the only supported one, not {shorten_value(kind)}.",
         )
@@ -121,18 +121,17 @@ def _tool(index: int, given: Mapping[str, Any]) -> Tool:
     else:
         function = {key: value for key, value in given.items() if key != "type"}
     if not isinstance(function, Mapping):
-        raise _refused(place, f"must be an object, not {shorten_value(function)}.")
+        raise invalid_value(place, f"must be an object, not {shorten_value(function)}.")
     function = {key: value for key, value in function.items() if value is not None}
     name, parameters = function.get("name"), function.get("parameters", {})
     if not isinstance(name, str) or not name or len(name) > MAX_NAME_CHARS:
-        raise _refused(f"{place}.name", f"must be text, not {shorten_value(name)}.")
+        raise invalid_value(
+            f"{place}.name",
+            f"must be text of 1 to {MAX_NAME_CHARS} characters, not {shorten_value(name)}.",
+        )
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
-        raise _refused(
+        raise invalid_value(
             f"{place}.parameters",
             f"must be the JSON schema of an object, not {shorten_value(parameters)}.",
         )
     return Tool(name, {"type": "function", "function": function}, parameters)
-
-
-def _refused(place: str, problem: str) -> ApiError:
-    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")

@@ -45,8 +45,7 @@ class ToolParser:
 
     Args:
         names: The names of the tools.
-        parallel: Whether an answer may have several calls; if not, calls after the first are
-            dropped.
+        parallel: An answer may have several calls; if not, calls after the first are dropped.
     """
 
     marker: ClassVar[str]
@@ -170,7 +169,10 @@ class ToolParser:
         self._state = self._in_object
 
     def _accepts(self, name: str) -> bool:
-        """Returns whether a name is accepted; an unknown one is, so that the client can reply."""
+        """Returns whether an object with this name is a call.
+
+        By default it is, even if there is no such tool: the client can then tell the model.
+        """
         del name
         return True
 
@@ -440,14 +442,14 @@ class _CallObject:
         self._expected: Literal["{", "key or }", "key", ":", "value", ", or }"] = "{"
         self._value: JsonScanner | None = None  # the open key or value
         self._role: Literal["key", "name", "arguments", "arguments in a string", "other"] = "key"
-        self._pieces: list[str] = []  # of it
+        self._pieces: list[str] = []  # of its text
         self._key = ""
         self._arguments = ""  # not taken yet
         self._has_arguments = False
 
     @property
     def is_call(self) -> bool:
-        """Whether the name is known and the arguments have begun."""
+        """True once the name is known and the arguments have begun."""
         return bool(self.name) and self._has_arguments
 
     def push(self, text: str) -> int:

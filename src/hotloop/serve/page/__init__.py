@@ -48,7 +48,7 @@ class Page:
     Attributes:
         body: The document, in UTF-8.
         headers: Headers of the response.
-        tag: The entity tag, by which browsers ask whether it has changed.
+        tag: The entity tag (ETag) of this version.
     """
 
     body: bytes

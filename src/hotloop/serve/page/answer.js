@@ -162,7 +162,7 @@ function extend(ranges, start, length) {
   else ranges.push([start, start + length]);
 }
 
-/** Says for the user why an answer ended too early. */
+/** Returns why an answer ended too early, in words for the user. */
 function explain(error, received) {
   const kept = received ? " What had arrived is kept." : "";
   if (error instanceof Unreachable) return "The server cannot be reached. Is it running?";

@@ -6,7 +6,7 @@ import { byId, element, fitHeight, oncePerFrame } from "./dom.js";
 import { count, MessageView } from "./messages.js";
 import { announce, dismissToasts, toast } from "./notices.js";
 import { Server } from "./server.js";
-import { OptionsForm, startLooks } from "./settings.js";
+import { applyAppearance, OptionsForm } from "./settings.js";
 import { showChats } from "./sidebar.js";
 import { fromJson, newId, readOptions, recall, remember, Store, toJson } from "./store.js";
 
@@ -168,7 +168,7 @@ function makeView(message) {
         const drafted = { ...message.drafted, content: [] };
         const unknown = { error: "", seed: null, request: "", stats: {} };
         Object.assign(message, { content: text, drafted, state: "edited", ...unknown });
-        restored(chat);
+        showAndSave(chat);
         return;
       }
       cut(index(), "The message and what followed are replaced.");
@@ -179,10 +179,10 @@ function makeView(message) {
       const owner = chat;
       const before = [...owner.messages];
       owner.messages.splice(index(), 1);
-      restored(owner);
+      showAndSave(owner);
       toast("The message is deleted.", "Undo", () => {
         owner.messages = before;
-        restored(owner);
+        showAndSave(owner);
       });
     },
     regenerate: () => {
@@ -203,7 +203,8 @@ function makeView(message) {
   });
 }
 
-function restored(owner) {
+/** Displays a chat whose messages have changed, if it is the one on the page, and saves it. */
+function showAndSave(owner) {
   if (owner === chat) showMessages();
   save(owner);
 }
@@ -217,7 +218,7 @@ function cut(from, notice = "") {
   toast(notice || "The messages after it are dropped.", "Undo", () => {
     runs.get(owner.id)?.stop();
     owner.messages = before;
-    restored(owner);
+    showAndSave(owner);
   });
 }
 
@@ -446,7 +447,7 @@ function listen() {
 }
 
 function start() {
-  startLooks();
+  applyAppearance();
   byId("examples").replaceChildren(
     ...EXAMPLES.map((text) => {
       const click = () => loaded.then(() => send(text));
@@ -457,7 +458,7 @@ function start() {
   showSidebar(!NARROW.matches);
   loaded = loadChats();
   server.watch();
-  composer.focus();
+  byId("composer").focus();
 }
 
 async function loadChats() {

@@ -45,7 +45,7 @@ export class Server {
     if (this.#watching) return;
     this.#watching = true;
     let waitMs = 1000;
-    while (!(await this.#asked())) {
+    while (!(await this.#refreshModels())) {
       await new Promise((resolve) => setTimeout(resolve, waitMs));
       waitMs = Math.min(2 * waitMs, MAX_WAIT_MS);
     }
@@ -61,8 +61,8 @@ export class Server {
     dialog.showModal();
   }
 
-  /** Asks for the models; false if it is to be asked again. */
-  async #asked() {
+  /** Asks the server for its models, and displays the result; false if the caller should retry. */
+  async #refreshModels() {
     const state = byId("state");
     try {
       this.#models = await this.#api.models();

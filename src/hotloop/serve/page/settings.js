@@ -53,15 +53,15 @@ export class OptionsForm {
       const { valueAsNumber, validity } = this.#form.elements[name];
       if (validity.valid) options[name] = Number.isNaN(valueAsNumber) ? null : valueAsNumber;
     }
-    if (changed === "seed") options.locked = options.seed !== null; // who types one, wants it
+    if (changed === "seed") options.locked = options.seed !== null; // a seed that is typed is kept
   }
 }
 
 const THEMES = { auto: "light dark", light: "light", dark: "dark" };
 const THEME_NAMES = { auto: "as the system", light: "light", dark: "dark" };
 
-/** Displays the page as this browser's user likes it, and lets them change that. */
-export function startLooks() {
+/** Applies the stored theme and the shading of drafts, and handles the controls that change them. */
+export function applyAppearance() {
   const shade = byId("shade");
   shade.checked = recall("shade") !== "no";
   const showShade = () => document.documentElement.classList.toggle("shade", shade.checked);
