@@ -14,7 +14,7 @@ import hotloop
 from hotloop import errors
 from hotloop.bench.record import Record
 from hotloop.cli import help_pages
-from hotloop.cli.app import VERBS, help_page, main
+from hotloop.cli.app import COMMANDS, help_page, main
 from hotloop.cli.help_pages import PAGES
 from hotloop.sweep.store import RECORDS
 
@@ -36,7 +36,7 @@ def imported_by(code: str) -> set[str]:
     return set(done.stderr.split())
 
 
-@pytest.mark.parametrize("verb", [None, *VERBS])
+@pytest.mark.parametrize("verb", [None, *COMMANDS])
 def test_help_pages_are_what_the_command_line_says_of_itself(verb):
     def words(text: str) -> list[str]:  # a newer cyclopts may draw other boxes
         return text.translate(dict.fromkeys(map(ord, "╭╮╰╯─│*"), " ")).split()
@@ -48,7 +48,7 @@ def test_help_pages_are_what_the_command_line_says_of_itself(verb):
     )
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_help_of_a_verb_has_a_summary_and_an_example(verb):
     lines = help_page([verb, "-h"]).read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith(f"Usage: hotloop {verb}")
@@ -72,7 +72,7 @@ for argv in (['--help'], ['--version'], ['sweep', '--help'], ['chat', 'model', '
 def test_a_usage_error_of_any_verb_imports_nothing_heavy():
     code = f"""
 from hotloop.cli.app import main
-for verb in {VERBS}:
+for verb in {COMMANDS}:
     assert main([verb, '--no-such-option']) == 2
 """
     assert not imported_by(code) & set(HEAVY)

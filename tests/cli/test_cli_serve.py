@@ -41,6 +41,7 @@ def test_the_configuration_of_results_is_served_as_it_was_measured(tmp_path):
     [
         ([], "give MODEL, --config RESULTS, or --shape NAME"),
         (["m", "--config", "r"], "Leave MODEL out"),
+        (["--config", "r", "--shape", "llama-2-7b"], "and --shape"),
         (["--config", "nowhere"], "no such results"),
         (["m", "--port", "70000"], "--port must be between 0 and 65535"),
         (["m", "--port", "1.5"], "not a whole number"),

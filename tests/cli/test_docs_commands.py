@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hotloop.cli.app import commands
+from hotloop.cli.app import cyclopts_app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,7 +41,7 @@ WITH_COMMANDS = [page for page in PAGES if any(words_of(page))]
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
 def test_the_command_line_takes_every_command_of_a_page(page):
-    app = commands()
+    app = cyclopts_app()
     for words in words_of(page):
         app.parse_args(words, exit_on_error=False, print_error=False)
 

@@ -33,7 +33,7 @@ from hotloop.errors import (
 if TYPE_CHECKING:
     from cyclopts import App
 
-VERBS = (
+COMMANDS = (
     *("generate", "chat", "serve", "bench", "sweep", "eval", "report", "compare"),
     *("pull", "quantize", "info"),
 )
@@ -54,8 +54,8 @@ USAGE_ERRORS = (
 """Errors of the command line, or of a file that it names."""
 
 
-def commands() -> App:
-    """Returns the command line as a cyclopts app; a command is imported when it is used."""
+def cyclopts_app() -> App:
+    """Makes the cyclopts app of the command line; a command is imported when it is used."""
     from cyclopts import App, Parameter
 
     app = App(
@@ -71,8 +71,8 @@ def commands() -> App:
         print_error=False,
         result_action="return_value",
     )
-    for rank, verb in enumerate(VERBS):
-        app.command(f"hotloop.cli.{verb}:app", name=verb, sort_key=rank)
+    for rank, command in enumerate(COMMANDS):
+        app.command(f"hotloop.cli.{command}:app", name=command, sort_key=rank)
     return app
 
 
@@ -140,10 +140,10 @@ def _run(argv: list[str]) -> int:
     from cyclopts import CycloptsError
 
     try:
-        return commands()(argv) or 0
+        return cyclopts_app()(argv) or 0
     except CycloptsError as error:
-        verb = f" {argv[0]}" if argv[0] in VERBS else ""
-        print_error(f"{shorten(str(error), 1000)}\nTry: hotloop{verb} --help")
+        command = f" {argv[0]}" if argv[0] in COMMANDS else ""
+        print_error(f"{shorten(str(error), 1000)}\nTry: hotloop{command} --help")
         return 2
 
 
@@ -153,7 +153,7 @@ def help_page(argv: Sequence[str]) -> Path | None:
     if not argv or argv[0] in HELP_FLAGS:
         return pages / "hotloop.txt"
     before_delimiter = argv[: argv.index("--")] if "--" in argv else argv
-    if argv[0] in VERBS and any(flag in before_delimiter for flag in HELP_FLAGS):
+    if argv[0] in COMMANDS and any(flag in before_delimiter for flag in HELP_FLAGS):
         return pages / f"{argv[0]}.txt"
     return None
 

@@ -29,7 +29,7 @@ from hotloop.cli.options import (
     option,
 )
 from hotloop.cli.output import note, print_error, print_json
-from hotloop.cli.stream import SILENT, Answer, relay, shown_speculation, writer_for
+from hotloop.cli.stream import SILENT, Answer, relay, speculation_summary, writer_for
 from hotloop.cli.terminal import NO_CTRL_C, CtrlC, ReadLine, line_reader
 from hotloop.errors import ConfigError, HotloopError, RequestError, shorten
 from hotloop.types import Speculation
@@ -148,9 +148,9 @@ class Conversation:
     exchanges: list[tuple[str, str]] = field(default_factory=list)
 
     def prompt(self, text: str | None) -> tuple[ChatPrompt, int]:
-        """Returns the prompt for ``text``, and the number of old exchanges that were dropped.
+        """Returns the prompt for ``text``, and how many of the oldest exchanges were dropped.
 
-        Without ``text`` it is the prompt that continues the last answer.
+        If ``text`` is None, it is the prompt that continues the last answer.
 
         Raises:
             RequestError: ``text`` does not fit even alone, or there is no answer to continue; the
@@ -170,7 +170,7 @@ class Conversation:
         return ids, dropped
 
     def add(self, text: str | None, answer: str) -> None:
-        """Adds an answer to ``text``, or the continuation of the last answer."""
+        """Adds the answer to ``text``, or, if that is None, the continuation of the last answer."""
         if text is None:
             asked, begun = self.exchanges[-1]
             self.exchanges[-1] = asked, begun + answer
@@ -302,7 +302,7 @@ class Session:
             "context": f"{self._context_used} of {self._about.max_seq_len} tokens",
         }
         if drafting := [a.speculation for a in self._answers if a.speculation is not None]:
-            rows["speculation"] = shown_speculation(sum(drafting, Speculation()))
+            rows["speculation"] = speculation_summary(sum(drafting, Speculation()))
         return "\n".join(f"{name:14}{value}" for name, value in rows.items())
 
 
@@ -315,7 +315,10 @@ def parse_command(text: str) -> tuple[str, str] | None:
 
 
 def message_of(text: str) -> str:
-    """Returns the message of a line, without the slash that marks it as a message."""
+    """Returns the message in a turn: of ``//name``, one slash is removed.
+
+    Notes on stderr if the turn looks like a misspelled command.
+    """
     if re.match(r"\s*//\w", text):
         return text.replace("/", "", 1)
     if re.fullmatch(r"\s*/\w+\s*", text):

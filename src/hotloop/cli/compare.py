@@ -29,8 +29,8 @@ Examples:
 _UNITS = {"speed": "", "quality": " Δ ln ppl", "accuracy": " points of accuracy"}
 
 
-_LEAST = 1e-6
-"""The smallest share that is accepted as above 0."""
+_MIN_SHARE = 1e-6
+"""The smallest share above 0 that is accepted."""
 
 
 def _share(_type: object, tokens: Sequence[Token]) -> float:
@@ -41,7 +41,7 @@ def _share(_type: object, tokens: Sequence[Token]) -> float:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = -1.0
-    if not (share == 0 or _LEAST <= share < 1):
+    if not (share == 0 or _MIN_SHARE <= share < 1):
         raise ValueError(f"{shorten_value(token.value)} is not a share: give one such as 2%.")
     return share
 

@@ -1,4 +1,4 @@
-"""Loads an engine for a command, shows how far it is, and closes it at the end."""
+"""Loads an engine for a command, shows its progress, and closes it at the end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
-DOING = {"load": "loading layers", "warmup": "warming up, compiling"}
-"""What is printed of a phase of ``hotloop.LLM``."""
+PHASE_LABELS = {"load": "loading layers", "warmup": "warming up, compiling"}
+"""Progress labels of the phases in which ``hotloop.LLM`` is loaded."""
 
 
 def note_cache() -> None:
@@ -57,7 +57,7 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
     with steps(f"{config.model} as {config.name}") as show:
 
         def progress(phase: str, done: int, total: int) -> None:
-            show(DOING.get(phase, phase), done, total)
+            show(PHASE_LABELS.get(phase, phase), done, total)
 
         llm = hotloop.LLM(config, progress=progress)
     try:
@@ -94,7 +94,9 @@ class ConversationFormat:
             self.encoder(early_tokenizer(model))(messages)
 
     def encoder(self, tokenizer: Tokenizer | None) -> Callable[[Sequence[Message]], ChatPrompt]:
-        """Makes the function that encodes messages; it continues a last message that is an answer.
+        """Makes the function that formats messages as a prompt.
+
+        If the last message is the assistant's, the model's answer continues it.
 
         Args:
             tokenizer: The model's tokenizer.
@@ -128,10 +130,8 @@ def raw_prompt(llm: LLM, text: str, *, special: bool) -> str | list[int]:
     assert tokenizer is not None, "a checkpoint comes with a tokenizer"
     if special:
         ids = tokenizer.encode(text, parse_special=True)
-        spelled = (
-            ids[:2] == [tokenizer.bos_id] * 2
-        )  # the text's own BOS, after the one that encoding adds
-        return ids[1:] if spelled else ids
+        # The text begins with BOS, and encoding has added another one before it.
+        return ids[1:] if ids[:2] == [tokenizer.bos_id] * 2 else ids
     if spelled := tokenizer.control_tokens_in(text):
         names = ", ".join(spelled)
         note(f"The prompt contains {names} as plain text. Add --special to parse control tokens.")

@@ -9,28 +9,28 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from hotloop.cli.app import VERBS, commands
+from hotloop.cli.app import COMMANDS, cyclopts_app
 
 PAGES = Path(__file__).parent / "help"
 
 
-def render(verb: str | None) -> str:
-    """Returns the page of the command ``verb``, or of hotloop itself for None."""
+def render(command: str | None) -> str:
+    """Returns the help page of a command, or of hotloop itself for None."""
     from rich.console import Console
 
     out = io.StringIO()
     console = Console(file=out, width=80, no_color=True, force_terminal=False)
-    app = commands()
-    for each in VERBS:
+    app = cyclopts_app()
+    for each in COMMANDS:
         app[each]  # imports it: the list of commands shows only those
-    app.help_print([verb] if verb else [], console=console)
+    app.help_print([command] if command else [], console=console)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def main() -> None:
     """Writes every page."""
-    for verb in (None, *VERBS):
-        (PAGES / f"{verb or 'hotloop'}.txt").write_text(render(verb), encoding="utf-8")
+    for command in (None, *COMMANDS):
+        (PAGES / f"{command or 'hotloop'}.txt").write_text(render(command), encoding="utf-8")
 
 
 if __name__ == "__main__":

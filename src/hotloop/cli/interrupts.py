@@ -13,8 +13,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
-_AGAIN_S = 0.02
-"""Polling interval of the end of the import, in seconds."""
+_RESEND_S = 0.02
+"""Seconds after which a signal that arrived during an import is sent again."""
 
 
 @contextmanager
@@ -39,15 +39,15 @@ def ctrl_c_after_imports() -> Generator[None]:
 def handled_after_imports(number: signal.Signals, act: Callable[[], None]) -> Generator[None]:
     """Calls ``act`` on a signal once no module is being imported, within the block.
 
-    It is for the main thread. The handler before is restored at the end.
+    Call it in the main thread. At the end of the block the previous handler is restored.
     """
     timers: list[threading.Timer] = []
 
     def on_signal(_signum: int, frame: FrameType | None) -> None:
-        if not _imports(frame):
+        if not _is_importing(frame):
             act()
         elif not any(timer.is_alive() for timer in timers):
-            timers[:] = [threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))]
+            timers[:] = [threading.Timer(_RESEND_S, os.kill, (os.getpid(), number))]
             timers[0].daemon = True
             timers[0].start()
 
@@ -60,7 +60,7 @@ def handled_after_imports(number: signal.Signals, act: Callable[[], None]) -> Ge
         signal.signal(number, before)
 
 
-def _imports(frame: FrameType | None) -> bool:
+def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
             return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -46,14 +46,21 @@ OUTPUT = Group("Output", sort_key=9)
 
 
 def option(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
-    """Returns a parameter's help, with its default in words if the value does not show it."""
+    """Makes the parameter of an option.
+
+    Args:
+        group: The part of the help page that lists it.
+        text: Its help.
+        default: Its default in words, if the value does not show it.
+        more: Further arguments of ``Parameter``.
+    """
     if default is not None:
         more["show_default"] = default
     return Parameter(group=group, help=text, **more)
 
 
 def integer(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
-    """Returns the parameter of a whole number. cyclopts alone would round 1.5."""
+    """Makes the parameter of an option that is a whole number; cyclopts alone would round 1.5."""
     return option(group, text, default, converter=_whole, **more)
 
 
@@ -72,7 +79,7 @@ _GROUPS = {"Model": MODEL, "Execution": EXECUTION, "Speculation": SPECULATION}
 
 
 def lever_option(name: str, text: str | None = None, default: str | None = None) -> Parameter:
-    """Returns the parameter of a field of ``EngineConfig``, made from its ``Lever``.
+    """Makes the parameter of a field of ``EngineConfig``, from its ``Lever``.
 
     Args:
         name: The field.
@@ -113,7 +120,7 @@ Json = Annotated[bool, option(OUTPUT, "Print JSON instead of text for people.")]
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """A group of options of a command."""
+    """Options of a command, as fields."""
 
     def given(self) -> dict[str, Any]:
         """Returns the options that differ from their defaults."""
@@ -173,17 +180,18 @@ def _values(name: str, text: str) -> list[Any]:
     """Returns the values of a lever; an invalid number is left for the recipe to refuse."""
     values: list[Any] = listed(text)
     if _is_real_number(name):
-        return [_real_number(value) for value in values]
+        return [_number(float, value) for value in values]
     if _HINTS[name] is bool:
         return [{"true": True, "false": False}.get(v.lower(), v) for v in values]
     if not _is_number(name):
         return values
-    return [int(v) if v.removeprefix("-").isdecimal() else v for v in values]
+    return [_number(int, value) for value in values]
 
 
-def _real_number(text: str) -> Any:
+def _number(kind: Callable[[str], Any], text: str) -> Any:
+    """Converts a text to a number; returns the text if it is none."""
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
         return text
 
@@ -196,7 +204,8 @@ def _one_value(name: str) -> tuple[str, Any, Any]:
 def _served_value(name: str) -> tuple[str, Any, Any]:
     """Makes the option of a lever of a server's engine.
 
-    Its default is None: an option that is given as the lever's default is given, too.
+    Its default is None, which tells an option that was not given from one that was given with the
+    lever's own default.
     """
     hint: Any = _HINTS[name] | None
     default = getattr(EngineConfig, name)
@@ -227,18 +236,18 @@ _SERVED_WORDS = {name: str(value) for name, value in SERVED_DEFAULTS.items()}
 _SERVED_WORDS["prefill_chunk"] = f"{MIN_PREFILL_CHUNK}, on a CPU {EXACT_CPU_CHUNK}"
 """A server's defaults in words. ``setup.served_prefill_chunk`` decides the prefill chunk."""
 
-GROUPED = tuple(name for name, of in LEVERS.items() if of.group is not None)
+LEVERS_WITH_OPTIONS = tuple(name for name, of in LEVERS.items() if of.group is not None)
 """The levers with an option of their own."""
 
 if TYPE_CHECKING:
     EngineOptions, MatrixOptions, FitOptions = _OneEngine, _ManyEngines, _Options
     ServedEngineOptions = _ServedEngine
 else:
-    EngineOptions = _options("EngineOptions", _OneEngine, map(_one_value, GROUPED))
+    EngineOptions = _options("EngineOptions", _OneEngine, map(_one_value, LEVERS_WITH_OPTIONS))
     ServedEngineOptions = _options(
-        "ServedEngineOptions", _ServedEngine, map(_served_value, GROUPED)
+        "ServedEngineOptions", _ServedEngine, map(_served_value, LEVERS_WITH_OPTIONS)
     )
-    MatrixOptions = _options("MatrixOptions", _ManyEngines, map(_several_values, GROUPED))
+    MatrixOptions = _options("MatrixOptions", _ManyEngines, map(_several_values, LEVERS_WITH_OPTIONS))
     FitOptions = _options(
         "FitOptions",
         _Options,

@@ -46,9 +46,8 @@ def open_streams() -> bool:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(
-            errors="strict"
-        )  # else some locales decode invalid bytes to lone surrogates
+        # In some locales the default decodes invalid bytes to lone surrogates.
+        sys.stdin.reconfigure(errors="strict")
     return sys.stdout is not None
 
 
@@ -220,7 +219,7 @@ def spinner(label: str) -> Generator[Callable[[str], None]]:
 
 @contextmanager
 def steps(label: str) -> Generator[Callable[[str, int, int], None]]:
-    """Shows the steps of a long task on stderr; yields a function of (step, done, total).
+    """Shows the steps of a long task on stderr; yields the function ``show(step, done, total)``.
 
     A terminal has a spinner. A log has a line as each step begins, and further ones while it lasts.
     """
@@ -232,16 +231,17 @@ def steps(label: str) -> Generator[Callable[[str, int, int], None]]:
     from hotloop.console import Heartbeat
 
     current = ""
-    with Heartbeat(lambda step: note(f"{label}: {step}")) as heart:
-        heart.step("starting")  # in no line of its own: what is refused at once is an error alone
+    with Heartbeat(lambda step: note(f"{label}: {step}")) as heartbeat:
+        # Not announced: if the task is refused at once, its error is the only line.
+        heartbeat.step("starting")
 
         def show(step: str, done: int, total: int) -> None:
             nonlocal current
             if step != current:
                 current = step
                 announce(f"{label}: {step}")
-                heart.spoke()
-            heart.step(_counted(step, done, total))
+                heartbeat.spoke()
+            heartbeat.step(_counted(step, done, total))
 
         yield show
 
@@ -261,8 +261,8 @@ def long_step(label: str) -> Generator[None]:
     from hotloop.console import Heartbeat
 
     announce(label)
-    with Heartbeat(note) as heart:
-        heart.step(label)
+    with Heartbeat(note) as heartbeat:
+        heartbeat.step(label)
         yield
 
 
@@ -274,7 +274,7 @@ def announce(label: str) -> None:
 
 @contextmanager
 def progress_bar(description: str) -> Generator[Callable[[int, int], None]]:
-    """Shows a bar on stderr, if that is a terminal; yields a function of (done, total)."""
+    """Shows a bar on stderr, if that is a terminal; yields the function ``show(done, total)``."""
     from rich.markup import escape
     from rich.progress import Progress
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from hotloop.bench.record import Record
 
 FILLED_IN = ("max_batch_size", "max_seq_len")
-"""Levers that a sweep fills in from its workload: a command has defaults of its own."""
+"""Levers that a sweep sets to fit its workload. They are not taken over: the command that runs the
+configuration has defaults of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

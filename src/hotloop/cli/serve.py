@@ -52,7 +52,7 @@ Examples:
 )
 
 UNWIND_S = 5.0
-"""Seconds that a server may take to end which is told to end while it is loading."""
+"""Seconds that a server may take to end after a SIGTERM while it is loading."""
 
 API_KEY = "HOTLOOP_API_KEY"
 """The environment variable that holds an API key."""
@@ -137,9 +137,8 @@ class ServerOptions:
             raise ConfigError(f"--drain-s must be between 0 and 86400, not {self.drain_s}.")
         keys = [os.environ.get(API_KEY, "").strip()]
         if (file := self.api_key_file) is not None:
-            text = read_text(file, refuse=config_error).removeprefix(
-                "\ufeff"
-            )  # some editors write a byte-order mark
+            # Some editors write a byte order mark.
+            text = read_text(file, refuse=config_error).removeprefix("\ufeff")
             in_file = [line.strip() for line in text.splitlines()]
             if not any(in_file):
                 raise config_error(file, "holds no API key")
@@ -280,7 +279,9 @@ def _config(
             config = replace(config, weights="random", seed=weights.weights_seed)
         return config
     if model is not None or weights.given():
-        raise ConfigError("--config: the results name the model. Leave MODEL out.")
+        raise ConfigError(
+            "--config: the results name the model. Leave MODEL out, and --shape and --weights."
+        )
     from hotloop.cli.results import measured_config
 
     measured = measured_config(results)

@@ -1,7 +1,7 @@
 """Shows an answer while it is generated, and then summarizes it in a line or a JSON object.
 
-On a terminal, the present decode speed is at the right edge of the current line, and is wiped
-before the line reaches it. Otherwise the text is passed on as it is.
+On a terminal, the current decode speed is shown at the right edge of the line that is being
+written, and is erased before the text reaches it. Elsewhere the text is written unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TextIO, cast
 from hotloop.printable import printable
 from hotloop.types import Delta, FinishReason, Generation, Speculation, Timing
 
-_ENDS = {
+_END_LABELS = {
     "stop": "ended at a stop string",
     "length": "ended at the token limit",
     "interrupted": "ended by Ctrl-C",
@@ -55,9 +55,9 @@ class Answer:
             if math.isfinite(self.timing.decode_tok_s):
                 parts.append(f"decode {self.timing.decode_tok_s:.1f} tok/s")
         if self.speculation is not None:
-            parts.append(shown_speculation(self.speculation))
+            parts.append(speculation_summary(self.speculation))
         if self.finish_reason != "eos":
-            parts.append(_ENDS[self.finish_reason])
+            parts.append(_END_LABELS[self.finish_reason])
         return " · ".join(parts)
 
     @property
@@ -88,8 +88,8 @@ class Answer:
         return found
 
 
-def shown_speculation(seen: Speculation) -> str:
-    """Summarizes drafting in a few words, with the acceptance of each step's first draft."""
+def speculation_summary(seen: Speculation) -> str:
+    """Summarizes drafting: tokens per step, and the acceptance rate at the first draft position."""
     shown = f"{seen.tokens_per_step:.2f} tokens/step"
     return f"{shown}, acceptance {seen.acceptance[0]:.0%}" if seen.acceptance else shown
 

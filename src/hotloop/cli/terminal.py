@@ -58,7 +58,7 @@ class CtrlC:
 
     @contextmanager
     def while_answering(self) -> Generator[Callable[[], bool]]:
-        """Yields a function that returns whether Ctrl-C was pressed since the last line."""
+        """Yields a function that returns whether Ctrl-C was pressed since a line was last read."""
         self._answering = True
         try:
             yield self._pressed.is_set
@@ -85,7 +85,7 @@ def line_reader() -> Generator[ReadLine]:
         try:
             return session.prompt(prompt, enable_suspend=True)
         finally:
-            _write_if(pastes, _PASTES_MARKED)  # also while an answer arrives
+            _write_if(pastes, _PASTES_MARKED)  # for pastes during the answer, too
 
     with _typing_hidden():
         try:
