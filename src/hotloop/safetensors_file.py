@@ -1,4 +1,4 @@
-"""Writes a safetensors file whose tensors become known one at a time, or in another order.
+"""Writes a safetensors file whose tensors become known one at a time, in any order.
 
 The format begins with a header that lists every tensor. So a fixed space is reserved for it at the
 beginning of the file (the format allows trailing blanks in a header), and it is written last.

@@ -79,7 +79,7 @@ def test_only_the_very_first_space_is_taken_off(tmp_path: Path) -> None:
 def test_text_before_and_after_join_to_the_whole(tokenizer: Tokenizer, n_before: int) -> None:
     text = "The capital of France is Paris and that of Italy is Rome"
     ids = tokenizer.encode(text)
-    detokenizer = Detokenizer(tokenizer, after=ids[:n_before])
+    detokenizer = Detokenizer(tokenizer, preceding=ids[:n_before])
     after = "".join(map(detokenizer.push, ids[n_before:])) + detokenizer.flush()
     assert tokenizer.decode(ids[:n_before]) + after == text
 
@@ -89,10 +89,10 @@ def test_text_goes_on_with_its_space_after_a_prompt_and_without_one_after_contro
 ) -> None:
     tokenizer = load_tokenizer(sentencepiece_folder(tmp_path))
     (of, _), (after, *_) = (tokenizer.encode(t, add_special=False) for t in ("of f", "the"))
-    assert Detokenizer(tokenizer, after=[1, of]).push(after).startswith(" ")
-    assert not Detokenizer(tokenizer, after=[1]).push(after).startswith(" ")
+    assert Detokenizer(tokenizer, preceding=[1, of]).push(after).startswith(" ")
+    assert not Detokenizer(tokenizer, preceding=[1]).push(after).startswith(" ")
     beyond = tokenizer.vocab_size  # a row of the embedding that pads it
-    assert not Detokenizer(tokenizer, after=[1, beyond]).push(after).startswith(" ")
+    assert not Detokenizer(tokenizer, preceding=[1, beyond]).push(after).startswith(" ")
 
 
 def test_control_tokens_that_are_visible_are_shown_and_no_others(tmp_path: Path) -> None:

@@ -110,9 +110,9 @@ def show_record(record: Record, *, json: bool) -> int:
 
 
 def print_record(record: Record) -> None:
-    """Prints one record for people: its row of a table from top to bottom, then the table's notes.
+    """Prints one record for people: each column of its table row as a line, then the table's notes.
 
-    The whole reason for its status is a line of its own, in place of the row's note.
+    The reason for its status is a line too, unabridged, and not one of the notes.
     """
     from hotloop.report import quality, speculation
     from hotloop.report.table import LABELS, make_table

@@ -79,9 +79,9 @@ class Request:
         self.failed = False
         self.grammar_failure: str | None = None
         # A grammar applies to the tokens' bytes, which include a space before the first word.
-        after = () if starts_text and params.grammar is None else prompt_ids
+        preceding = () if starts_text and params.grammar is None else prompt_ids
         self._detokenizer = (
-            Detokenizer(tokenizer, after=after, visible=params.visible_tokens)
+            Detokenizer(tokenizer, preceding=preceding, visible=params.visible_tokens)
             if tokenizer
             else None
         )

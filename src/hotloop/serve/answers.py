@@ -162,7 +162,7 @@ async def respond(
         while not ticket.done:
             await ticket.arrived()
             for delta in ticket.take():
-                deltas.append(checked(delta))
+                deltas.append(uncancelled(delta))
                 tally.add(deltas[-1])
 
     def whole() -> Response:
@@ -172,8 +172,8 @@ async def respond(
     return await asyncio.to_thread(whole) if n_entries > LARGE_ENTRIES else whole()
 
 
-def checked(piece: Piece) -> Delta:
-    """Returns a delta of an answer that was not cancelled.
+def uncancelled(piece: Piece) -> Delta:
+    """Returns the delta that a ticket has delivered, unless its answer was cancelled.
 
     Raises:
         ServiceClosedError: The answer was cancelled: the service ends, or the client has
@@ -245,7 +245,7 @@ class EventStream(Response):
         def arrived() -> str:
             text = ""
             for piece in ticket.take():
-                delta = checked(piece)
+                delta = uncancelled(piece)
                 tally.add(delta)
                 text += formatter.events(delta, compact(usage(tally)) if continuous else "")
             return text

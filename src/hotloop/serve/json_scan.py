@@ -1,7 +1,7 @@
 """``JsonScanner``: finds the end of a JSON value in text that arrives in parts.
 
-It follows the grammar and stores only the open brackets, so that arguments of calls can be passed
-on while they arrive. It does not parse the value; ``json.loads`` does.
+It follows the grammar and stores only the open brackets, so that the arguments of tool calls can be
+sent on while they arrive. It does not build the value; ``json.loads`` does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Expected = Literal["value", "value or ]", "key", "key or }", ":", ", or end", "
 
 
 class JsonScanner:
-    """Follows one JSON value.
+    """Scans one JSON value, to find its end.
 
     Attributes:
         state: ``open`` until the value is complete (``done``), or cannot become one (``broken``). A

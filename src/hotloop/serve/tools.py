@@ -60,9 +60,9 @@ class ToolParser:
         self._parts: list[Part] = []
         self._held = ""  # text that the current state cannot interpret yet
         self._space = ""  # whitespace that is dropped before a call
-        self._raw = ""  # text of a call that has not been announced
+        self._raw = ""  # text of the open call, until it is announced
         self._n_calls = 0
-        self._announced = False  # the open call
+        self._announced = False  # the open call's ``CallStart`` has been added
         self._call = _CallObject()
         self._arguments = JsonScanner()
         self._state: Callable[[str], int] = self._in_content
@@ -429,7 +429,7 @@ _KEYS = frozenset({"name", "id", "type", *_ARGUMENTS})
 
 
 class _CallObject:
-    """Follows a call that is a JSON object: a name and arguments, in any order.
+    """Scans a call that is a JSON object: a name and arguments, in any order.
 
     Attributes:
         state: ``open`` until it is complete (``done``), or cannot become a call (``broken``).

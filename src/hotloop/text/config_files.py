@@ -72,7 +72,7 @@ class Token(StrictModel):
     special: bool = False
 
 
-def _spelled(value: Any) -> Any:
+def _as_token(value: Any) -> Any:
     return {"content": value, "special": True} if isinstance(value, str) else value
 
 
@@ -80,14 +80,14 @@ def _values(value: Any) -> Any:
     return list(value.values()) if isinstance(value, dict) else value
 
 
-def _digits(key: str) -> int:
+def _as_token_id(key: str) -> int:
     if not (key.isascii() and key.isdecimal()) or len(key) > 10 or int(key) > MAX_COUNT:
         raise ValueError(f"{shorten_value(key)} is not a token id")
     return int(key)
 
 
-_Token = Annotated[Token, BeforeValidator(_spelled)]
-_TokenKey = Annotated[str, BeforeValidator(lambda key: str(_digits(key)))]
+_Token = Annotated[Token, BeforeValidator(_as_token)]
+_TokenKey = Annotated[str, BeforeValidator(lambda key: str(_as_token_id(key)))]
 
 
 class _NamedTemplate(StrictModel):
@@ -111,7 +111,7 @@ def named_templates(templates: Mapping[str, str | None]) -> str | list[dict[str,
     return [{"name": name, "template": template} for name, template in given.items()]
 
 
-def _named(value: Any) -> Any:
+def _as_templates(value: Any) -> Any:
     return [{"name": DEFAULT_TEMPLATE, "template": value}] if isinstance(value, str) else value
 
 
@@ -136,7 +136,7 @@ class TokenizerConfig(StrictModel):
     add_eos_token: bool | None = None
     add_prefix_space: bool | None = None
     legacy: bool | None = None
-    chat_template: Annotated[list[_NamedTemplate] | None, BeforeValidator(_named)] = None
+    chat_template: Annotated[list[_NamedTemplate] | None, BeforeValidator(_as_templates)] = None
 
     @model_validator(mode="before")
     @classmethod

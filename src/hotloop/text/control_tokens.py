@@ -36,8 +36,8 @@ class ControlTokens:
         texts = [text for text in texts if text]
         self._anywhere = re.compile(any_of(texts))
         self._starts = re.compile(f"(?={any_of(texts)})")
-        self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
-        self._longest = max(map(len, self._beginnings), default=0)
+        self._proper_prefixes = {text[:n] for text in texts for n in range(1, len(text))}
+        self._longest = max(map(len, self._proper_prefixes), default=0)
 
     def spelled_in(self, text: str) -> list[str]:
         """Returns the control tokens that ``text`` spells, each once, in order."""
@@ -60,7 +60,7 @@ class ControlTokens:
         positions |= {
             start
             for start in range(max(0, end - self._longest), end)
-            if text[start:end] in self._beginnings
+            if text[start:end] in self._proper_prefixes
         }
         edges = [0, *sorted(positions), len(text)]
         return mark.join(text[start:stop] for start, stop in pairwise(edges))

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 class Detokenizer:
     """Decodes one sequence token by token.
 
-    Its concatenated results are the text that ``tokenizer.decode(after + ids)`` has beyond
-    ``tokenizer.decode(after)``. So the space that a SentencePiece vocabulary adds before a text is
-    removed only at the beginning of a text, never within one.
+    The concatenated results are the text by which ``tokenizer.decode(preceding + ids)`` extends
+    ``tokenizer.decode(preceding)``. So the space that a SentencePiece vocabulary adds before a text
+    is removed only at the beginning of a text, never within one.
 
     Args:
         tokenizer: The tokenizer.
-        after: The tokens before the sequence, which end with a whole character.
+        preceding: The tokens before the sequence, such as its prompt. They must end with a whole
+            character.
         skip_special: Leave out control tokens.
         visible: Control tokens, by their spelling, that are not left out.
     """
@@ -31,7 +32,7 @@ class Detokenizer:
         self,
         tokenizer: Tokenizer,
         *,
-        after: Iterable[int] = (),
+        preceding: Iterable[int] = (),
         skip_special: bool = True,
         visible: Iterable[str] = (),
     ) -> None:
@@ -41,7 +42,7 @@ class Detokenizer:
         self._visible = frozenset(added[text] for text in visible if text in added)
         self._strip_space = tokenizer.strips_leading_space and not any(
             tokenizer.token_bytes(i, skip_special=skip_special)
-            for i in after
+            for i in preceding
             if i < tokenizer.vocab_size  # a row of the embedding without a token has no text
         )
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
