@@ -32,8 +32,8 @@ _JSON_STYLE = {
 _PLAIN_KEYS = frozenset(
     {"type", "properties", "required", "$defs", "title", "description", "$schema"}
 )
-"""Keywords of a schema. A schema with no others, such as ``allOf`` or ``patternProperties``, allows
-no named properties but those in ``properties``."""
+"""The only keywords of a schema that ``_parameters`` closes to further properties: others, such as
+``allOf`` or ``patternProperties``, could declare some."""
 
 _Rules = dict[str, str]
 _Quote = Callable[[str], str]

@@ -42,8 +42,8 @@ STREAM_HEADERS = {
 
 
 LARGE_ENTRIES = 500
-"""The most log-probabilities in a response whose JSON is made in the event loop; a larger one is
-made in another thread."""
+"""The most tokens, with their alternatives, of a response whose JSON is made in the event loop; the
+JSON of a larger one is made in another thread."""
 
 
 class Formatter(Protocol):
