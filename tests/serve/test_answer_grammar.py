@@ -221,7 +221,9 @@ def test_a_grammar_that_is_all_that_is_asked_for_is_left_as_it_is(
     lark = Grammar(kind="lark", source='start: "a"')
     options: dict[str, Any] = {"parser": MistralParser, "tokenizer": tokenizers["plain"]}
     for given in (None, schema, lark):
-        assert answer_grammar(given, ToolUse(), **options, reasoning=None, in_reasoning=False) is given
+        assert (
+            answer_grammar(given, ToolUse(), **options, reasoning=None, in_reasoning=False) is given
+        )
     tools = read_tool_use(TOOLS, "auto")
     assert answer_grammar(lark, tools, **options, reasoning=THINK, in_reasoning=False) is lark
     assert answer_grammar(None, tools, **options, reasoning=THINK, in_reasoning=False) is None

@@ -247,7 +247,9 @@ else:
     ServedEngineOptions = _options(
         "ServedEngineOptions", _ServedEngine, map(_served_value, LEVERS_WITH_OPTIONS)
     )
-    MatrixOptions = _options("MatrixOptions", _ManyEngines, map(_several_values, LEVERS_WITH_OPTIONS))
+    MatrixOptions = _options(
+        "MatrixOptions", _ManyEngines, map(_several_values, LEVERS_WITH_OPTIONS)
+    )
     FitOptions = _options(
         "FitOptions",
         _Options,

@@ -90,7 +90,9 @@ def answer_grammar(
     return Grammar(kind="lark", source="\n".join(lines))
 
 
-def _hermes(tools: Sequence[Tool], _ids: Mapping[str, int], quote: _Quote, parallel: bool) -> _Rules:
+def _hermes(
+    tools: Sequence[Tool], _ids: Mapping[str, int], quote: _Quote, parallel: bool
+) -> _Rules:
     begin, end = quote(HermesParser.marker), quote(HermesParser.closing)
     return {
         "calls": 'call ("\\n" call)*' if parallel else "call",
@@ -99,14 +101,18 @@ def _hermes(tools: Sequence[Tool], _ids: Mapping[str, int], quote: _Quote, paral
     }
 
 
-def _llama3(tools: Sequence[Tool], _ids: Mapping[str, int], _quote: _Quote, parallel: bool) -> _Rules:
+def _llama3(
+    tools: Sequence[Tool], _ids: Mapping[str, int], _quote: _Quote, parallel: bool
+) -> _Rules:
     return {
         "calls": 'object ("; " object)*' if parallel else "object",
         "object": _object(tools, "parameters"),
     }
 
 
-def _mistral(tools: Sequence[Tool], ids: Mapping[str, int], quote: _Quote, parallel: bool) -> _Rules:
+def _mistral(
+    tools: Sequence[Tool], ids: Mapping[str, int], quote: _Quote, parallel: bool
+) -> _Rules:
     marker, arguments, call_id = map(quote, MistralParser.control_tokens)
     if "[ARGS]" not in ids:
         others = ' (", " object)*' if parallel else ""

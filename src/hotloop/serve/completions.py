@@ -213,7 +213,11 @@ class CompletionFormatter(ChunkFormatter):
                     "logprobs": _joined([each for each in lists if each is not None]),
                     "finish_reason": _finish(generation),
                 }
-                | ({"token_ids": generation.token_ids} if self._request_body.return_token_ids else {})
+                | (
+                    {"token_ids": generation.token_ids}
+                    if self._request_body.return_token_ids
+                    else {}
+                )
             )
         return {**self._about, "choices": choices, "usage": usage}
 

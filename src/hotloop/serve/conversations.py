@@ -124,7 +124,12 @@ class Conversations:
         if markers is not None:
             visible = (*visible, markers.begin, markers.end)
         grammar = answer_grammar(
-            grammar, use, self._parser, self._tokenizer, reasoning=markers, in_reasoning=in_reasoning
+            grammar,
+            use,
+            self._parser,
+            self._tokenizer,
+            reasoning=markers,
+            in_reasoning=in_reasoning,
         )
 
         def parser() -> Parser:
@@ -132,7 +137,11 @@ class Conversations:
             if use.tools:
                 names = frozenset(tool.name for tool in use.tools)
                 rest = self._parser(names, parallel=use.parallel)
-            return rest if markers is None else ReasoningParser(markers, rest, in_reasoning=in_reasoning)
+            return (
+                rest
+                if markers is None
+                else ReasoningParser(markers, rest, in_reasoning=in_reasoning)
+            )
 
         if visible != params.visible_tokens or grammar is not params.grammar:
             params = replace(params, visible_tokens=visible, grammar=grammar)

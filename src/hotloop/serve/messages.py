@@ -61,7 +61,9 @@ def _message(place: str, message: Mapping[str, Any], parser: type[ToolParser]) -
     calls = given.pop("tool_calls", None)
     if calls:
         if not isinstance(calls, list):
-            raise invalid_value(f"{place}.tool_calls", f"must be a list, not {shorten_value(calls)}.")
+            raise invalid_value(
+                f"{place}.tool_calls", f"must be a list, not {shorten_value(calls)}."
+            )
         given["tool_calls"] = [
             _call(f"{place}.tool_calls[{i}]", call, parser) for i, call in enumerate(calls)
         ]
@@ -83,7 +85,9 @@ def content_text(place: str, content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise invalid_value(place, f"must be text or a list of parts, not {shorten_value(content)}.")
+        raise invalid_value(
+            place, f"must be text or a list of parts, not {shorten_value(content)}."
+        )
     texts = []
     for i, part in enumerate(content):
         match part:

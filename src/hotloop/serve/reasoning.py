@@ -97,7 +97,9 @@ class ReasoningParser:
         """Ends the text; returns the parts that were withheld."""
         held, self._held = self._held, ""
         parts: list[Part] = []
-        is_reasoning = self._stage == "reasoning" or (self._stage == "before" and self._in_reasoning)
+        is_reasoning = self._stage == "reasoning" or (
+            self._stage == "before" and self._in_reasoning
+        )
         if is_reasoning and held.strip(SPACE):
             parts.append(Reasoning(held.rstrip(SPACE)))
         elif held and not is_reasoning:

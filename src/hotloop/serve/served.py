@@ -71,7 +71,7 @@ class LoadedModel:
 
 
 class ServedModel:
-    """The model of a server, and the state of serving it: loading, ready, draining, …
+    """The model of a server, and the state of serving it: loading, ready, draining or failed.
 
     Args:
         settings: The server's settings.
