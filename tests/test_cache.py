@@ -23,9 +23,9 @@ def _fresh(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    cache._owned.cache_clear()
+    cache._private_dir.cache_clear()
     yield
-    cache._owned.cache_clear()
+    cache._private_dir.cache_clear()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import sys, time
 from hotloop import memory_meter as memory
 
 if sys.argv[1] == "sampled":
-    memory._restart_high_water_mark = lambda: False
+    memory._reset_high_water_mark = lambda: False
 with memory.MemoryMeter("cpu") as before:
     pass
 with memory.MemoryMeter("cpu") as meter:

@@ -142,7 +142,7 @@ OTHERS: list[Case] = [
     (["eval", "m", "--text", "/"], ("/",)),
     (["sweep", "gone.yaml"], ("gone.yaml",)),
     (["sweep", "m", "--model", "x"], ("--model",)),
-    (["sweep", "m", "--dry-run", "--max-batch-size", DIGITS], ("max_batch_size",)),
+    (["sweep", "m", "--dry-run", "--max-batch-size", DIGITS], ("--max-batch-size",)),
     (["sweep", "m", "--timeout-s", "x"], ("--timeout-s",)),
     (["sweep", "m", "--tolerance", "x"], ("--tolerance",)),
     (["report"], ("RESULTS",)),
