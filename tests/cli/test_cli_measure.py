@@ -194,7 +194,7 @@ def test_eval_says_why_there_is_no_reference_and_goes_on(jobs, monkeypatch):
     monkeypatch.setattr(cell, "score_reference", lambda each, _: record(each.config, status="oom"))
     assert main(["eval", "m", "--quant", "int8"]) == 0
     assert jobs[0].reference is None
-    assert jobs[0].no_reference == "the reference none/eager ended as oom: because"
+    assert jobs[0].no_reference_reason == "the reference none/eager ended as oom: because"
 
 
 def test_what_cannot_run_is_refused_before_its_reference_is_scored(jobs, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_where_it_fits_nowhere_each_place_is_in_the_reason(store):
     events = []
     found = find_reference(job(), store, Scorer(5000), events.append)
     assert found == {
-        "no_reference": "the reference none/eager ended as predicted-oom: 80 GiB free; "
+        "no_reference_reason": "the reference none/eager ended as predicted-oom: 80 GiB free; "
         "none/eager/tp2 ended as predicted-oom: 80 GiB free; "
         "none/eager/tp4 ended as predicted-oom: 80 GiB free; "
         "none/eager on the CPU ended as predicted-oom: 1000 GiB free"
@@ -106,13 +106,13 @@ def test_where_it_fits_nowhere_each_place_is_in_the_reason(store):
 
 def test_another_failure_is_not_tried_elsewhere(store):
     scorer = Scorer(5000, status="failed")
-    assert "ended as failed" in find_reference(job(), store, scorer, ignore)["no_reference"]
+    assert "ended as failed" in find_reference(job(), store, scorer, ignore)["no_reference_reason"]
     assert scorer.asked == [("auto", 1)]
 
 
 def test_a_reference_on_the_cpu_has_nowhere_else_to_go(store, monkeypatch):
     scorer = Scorer(5000)
-    assert "no_reference" in find_reference(job(device="cpu"), store, scorer, ignore)
+    assert "no_reference_reason" in find_reference(job(device="cpu"), store, scorer, ignore)
     monkeypatch.setattr(hardware, "machine", lambda: {"gpus": []})
-    assert "no_reference" in find_reference(job(), store, scorer, ignore)
+    assert "no_reference_reason" in find_reference(job(), store, scorer, ignore)
     assert scorer.asked == [("cpu", 1), ("auto", 1)]

@@ -22,7 +22,7 @@ from hotloop.errors import (
     UnsupportedError,
 )
 from hotloop.evaluate.reference import FORMAT
-from hotloop.sweep.cell import explain, refuse_cell, run_cell, score_reference
+from hotloop.sweep.cell import classify_error, refuse_cell, run_cell, score_reference
 from hotloop.sweep.events import CellPhase
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.recipe import QualityOptions, Workload
@@ -268,7 +268,7 @@ def caused_by(cause: Exception) -> HotloopError:
     ],
 )
 def test_every_error_has_its_status(error, status, says):
-    found, reason = explain(error, "load")
+    found, reason = classify_error(error, "load")
     assert found == status
     assert says in reason
 

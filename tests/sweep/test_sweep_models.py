@@ -59,7 +59,7 @@ def job(model: str, reference: str | None = None) -> Job:
 def test_a_model_is_compared_with_itself_unquantized():
     made = job("source")
     scoring = made.reference_job(Path())
-    assert (made.reference_model, made.no_reference) == (None, None)
+    assert (made.reference_model, made.no_reference_reason) == (None, None)
     assert (scoring.config.model, scoring.weights_sha256) == ("source", SHA["source"])
     assert made.provenance["stored"]["is_quantized"] is False
 
@@ -81,7 +81,7 @@ def test_a_copy_of_version_1_which_does_not_identify_its_source_needs_to_be_told
     here["copy"] = stored(
         "I8", Quantization(version=1, scheme="int4-g64", head="int8", source=source)
     )
-    assert "an earlier version of hotloop made the copy" in job("copy").no_reference
+    assert "an earlier version of hotloop made the copy" in job("copy").no_reference_reason
     assert job("copy", reference="other").reference_model == "other"
 
 
@@ -89,18 +89,18 @@ def test_the_quality_of_a_copy_whose_source_is_gone_is_unknown(here):
     del here["source"]
     made = job("copy")
     assert made.reference_model is None
-    assert made.no_reference is not None
+    assert made.no_reference_reason is not None
     for words in (
         "no unquantized reference",
         "int4-g64",
         "--reference",
         "source is not on this machine",
     ):
-        assert words in made.no_reference
+        assert words in made.no_reference_reason
     here["copy"] = copy_of(None)
-    assert "no unquantized reference" in str(job("copy").no_reference)
+    assert "no unquantized reference" in str(job("copy").no_reference_reason)
     here["copy"] = copy_of("other")  # a model of that name, which has another content
-    assert "other on this machine has other content" in str(job("copy").no_reference)
+    assert "other on this machine has other content" in str(job("copy").no_reference_reason)
 
 
 def test_a_reference_that_is_named_is_the_model_of_that_content_or_refused(here):

@@ -204,8 +204,8 @@ def test_a_hang_ends_at_the_limit_with_everything_it_started(tmp_path, monkeypat
     (record,) = sweep(tmp_path, End.HANGS, timeout_s=1.5, on_event=events.append)
     assert record.status == "timeout"
     assert record.reason.startswith(
-        "took longer than timeout_s, 1.5 s, and was in load: raise it in the recipe, or by "
-        "--timeout-s without one"
+        "took longer than timeout_s, 1.5 s, and was in load: raise it in the recipe or, "
+        "without a recipe, with --timeout-s"
     )
     assert not running(tmp_path / "pids")
 

@@ -74,11 +74,11 @@ def evaluate(
     if (record := refuse_cell(job)) is None:
         with SweepProgress() as progress, ReferenceStore() as store:
             if no_reference:
-                job = job.model_copy(update={"no_reference": "not requested"})
+                job = job.model_copy(update={"no_reference_reason": "not requested"})
             elif is_reference(job):
                 why = "it is the unquantized reference itself"
-                job = job.model_copy(update={"no_reference": why})
-            elif job.no_reference is None:
+                job = job.model_copy(update={"no_reference_reason": why})
+            elif job.no_reference_reason is None:
                 job = with_reference(job, store, progress)
             progress(CellStarted(job.cell, 1, 1))
             record = score_cell(job, progress)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 8_000
+"""The most characters of a reason in a record."""
 
 MAX_SCORED_WINDOWS, MAX_SCORED_TOKENS = 8, 8192
 """The most windows, and tokens in them, that an engine scores in one batch if it is not timed."""
@@ -80,7 +81,7 @@ def score_cell(job: Job, on_event: OnEvent = ignore) -> Record:
 
 
 def refuse_cell(job: Job) -> Record | None:
-    """Checks a configuration before anything is loaded.
+    """Checks a configuration before its model is loaded.
 
     Returns:
         The record of a configuration that is unsupported or does not fit; None if it may run.
@@ -88,12 +89,12 @@ def refuse_cell(job: Job) -> Record | None:
     attempt = _Attempt(job, ignore)
     try:
         attempt.predict()
-        if attempt.predicted_oom() is None:
+        if attempt.predicted_oom_record() is None:
             return None
         attempt.prepare()
     except Exception as error:
-        return attempt.failed(error)
-    return attempt.predicted_oom()
+        return attempt.failure_record(error)
+    return attempt.predicted_oom_record()
 
 
 def refuse_device(job: Job) -> Record | None:
@@ -108,7 +109,7 @@ def refuse_device(job: Job) -> Record | None:
     try:
         job.engine.check_device(job.config)
     except (ConfigError, UnsupportedError) as error:
-        return _Attempt(job, ignore).failed(error)
+        return _Attempt(job, ignore).failure_record(error)
     return None
 
 
@@ -118,7 +119,7 @@ def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
     Returns:
         A record without figures; ``ok`` if the reference was written.
     """
-    return _run(job, on_event, _keep_reference)
+    return _run(job, on_event, _score_reference)
 
 
 def base_record(job: Job) -> dict[str, Any]:
@@ -169,9 +170,9 @@ class _Attempt:
 
     def enter(self, phase: Phase) -> None:
         self.phase = phase
-        self.step(0, 0)
+        self.progress(0, 0)
 
-    def step(self, done: int, total: int, decode_tok_s: float | None = None) -> None:
+    def progress(self, done: int, total: int, decode_tok_s: float | None = None) -> None:
         self.on_event(CellPhase(self.job.cell, self.phase, done, total, decode_tok_s))
 
     def prepare(self) -> Callable[[EngineConfig], Engine]:
@@ -196,16 +197,16 @@ class _Attempt:
         self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
         return self.fields["predicted_bytes"]
 
-    def predicted_oom(self) -> Record | None:
+    def predicted_oom_record(self) -> Record | None:
         """Returns the record of a configuration that would not fit; None if it may fit."""
         if self.memory is None or self.memory.total_bytes <= self.memory.free_bytes:
             return None
         needs = f"needs {gib(self.memory.total_bytes)}, {gib(self.memory.free_bytes)} free"
         return self.record("predicted-oom", needs)
 
-    def failed(self, error: Exception) -> Record:
+    def failure_record(self, error: Exception) -> Record:
         """Returns the record of an attempt that an error ended."""
-        status, reason = explain(error, self.phase, self.memory)
+        status, reason = classify_error(error, self.phase, self.memory)
         if status == "failed":
             _log.error("%s failed in %s", self.job.cell, self.phase, exc_info=error)
         return self.record(status, reason)
@@ -241,24 +242,25 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
     attempt = _Attempt(job, on_event)
     try:
         create = attempt.prepare()
-        if (record := attempt.predicted_oom()) is not None:
+        if (record := attempt.predicted_oom_record()) is not None:
             return record
         attempt.enter("load")
         with closing(create(attempt.config)) as engine:
             description = engine.describe()
-            asked = replace(description.config, max_batch_size=job.config.max_batch_size)
-            name = replace(description, config=asked).name
+            # The cell's name shows what `auto` was resolved to, but not the seats of `_with_seats`.
+            named = replace(description.config, max_batch_size=job.config.max_batch_size)
+            name = replace(description, config=named).name
             attempt.fields |= {
                 "cell": job.cell.replace(job.config.name, name, 1),
                 "load_s": description.load_s,
                 "load_gb_s": description.load_gb_s,
                 "warmup_s": description.warmup_s,
-                # `config` has its configuration already
+                # the record has the configuration in `config`
                 "engine": {k: v for k, v in asdict(description).items() if k != "config"},
             }
             return attempt.record(**work(attempt, engine))
     except Exception as error:
-        return attempt.failed(error)
+        return attempt.failure_record(error)
 
 
 def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
@@ -273,7 +275,7 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         attempt.job.workload,
         read_bytes_per_s=device["read_bytes_per_s"] / sharing,
         datasheet_bytes_per_s=datasheet and datasheet / sharing,
-        on_repeat=attempt.step,
+        on_repeat=attempt.progress,
     )
     figures = {
         "status": "ok" if speed.instability is None else "unstable",
@@ -291,7 +293,7 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     try:
         return figures | _quality(attempt, engine)
     except Exception as error:
-        status, reason = explain(error, attempt.phase, attempt.memory)
+        status, reason = classify_error(error, attempt.phase, attempt.memory)
         if status == "failed" and not isinstance(error, HotloopError):
             raise
         return figures | {"quality_reason": reason}  # the speed is valid
@@ -315,7 +317,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     attempt.enter("quality")
     text = load_text(job.quality.text)
     windows, protocol, key = _windows(job, engine, text)
-    reference, why_none = None, job.no_reference or "no reference was given"
+    reference, why_none = None, job.no_reference_reason or "no reference was given"
     if job.reference is not None:
         try:
             reference = Reference(job.reference, key)
@@ -326,14 +328,14 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         windows,
         reference=reference,
         articles=protocol.articles,
-        on_window=attempt.step,
+        on_window=attempt.progress,
     )
-    how = "as stored/eager" if job.quality.against else "none/eager"
-    where = f" {job.reference_place}" if job.reference_place else ""
-    of = f" of {job.reference_model}" if job.reference_model else ""
-    compared = {"reference": f"{how} {reference.key.dtype}{where}{of}" if reference else None}
+    scheme = "as stored" if job.quality.against else "none"
+    place = f" {job.reference_place}" if job.reference_place else ""
+    model = f" of {job.reference_model}" if job.reference_model else ""
+    compared = f"{scheme}/eager {reference.key.dtype}{place}{model}" if reference else None
     return {
-        "quality_protocol": protocol.model_copy(update=compared),
+        "quality_protocol": protocol.model_copy(update={"reference": compared}),
         "quality_reason": None if reference else why_none,
         **vars(quality),
         "other_perplexities": perplexities(
@@ -342,7 +344,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
             job.quality.protocols,
             size=job.quality.window,
             limit=job.quality.n_windows,
-            on_window=attempt.step,
+            on_window=attempt.progress,
         ),
         "greedy": greedy_agreement(engine, windows),
         **_answers(attempt, engine),
@@ -357,7 +359,7 @@ def _answers(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         return {}
     attempt.enter("tasks")
     tasks = load_tasks(job.quality.tasks, job.quality.n_items)
-    answers = answer_tasks(engine, tasks, attempt.step)
+    answers = answer_tasks(engine, tasks, attempt.progress)
     reference = None
     if job.answers is not None:
         reference = read_answers(job.answers, _answers_key(job, engine))
@@ -374,7 +376,7 @@ def _answers_key(job: Job, engine: Engine) -> AnswersKey:
     )
 
 
-def _keep_reference(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
+def _score_reference(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     from hotloop.evaluate.quality import write_reference  # imports torch
 
     job, file = attempt.job, attempt.job.reference
@@ -384,11 +386,11 @@ def _keep_reference(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     if not file.exists():
         attempt.enter("reference")
         windows, _, key = _windows(job, engine, load_text(job.quality.text))
-        write_reference(engine, windows, file, key, on_window=attempt.step)
+        write_reference(engine, windows, file, key, on_window=attempt.progress)
     if job.answers is not None and not job.answers.exists():
         attempt.enter("tasks")
         tasks = load_tasks(job.quality.tasks, job.quality.n_items)
-        answers = answer_tasks(engine, tasks, attempt.step)
+        answers = answer_tasks(engine, tasks, attempt.progress)
         write_answers(job.answers, _answers_key(job, engine), answers)
     return {"status": "ok"}
 
@@ -422,20 +424,22 @@ def _windows(
     return windows, protocol, key
 
 
-def explain(error: Exception, phase: Phase, memory: MemoryPlan | None = None) -> tuple[Status, str]:
-    """Returns the status and the reason of a cell that an error ended."""
+def classify_error(
+    error: Exception, phase: Phase, memory: MemoryPlan | None = None
+) -> tuple[Status, str]:
+    """Returns the status and the reason for the record of a cell that an error ended."""
     if isinstance(error, UnsupportedError | ConfigError):
         return "unsupported", str(error)
     if isinstance(error, OutOfMemoryError):
         return "oom", str(error)
     cause: BaseException | None = error
-    while isinstance(cause, HotloopError):  # its text can quote a log or a file's name
+    while isinstance(cause, HotloopError):  # not by its text, which can quote a log or a file name
         cause = cause.__cause__
     if cause is not None and (shortage := hardware.find_out_of_memory(cause)) is not None:
         message = str(shortage).partition("\n")[0] or type(shortage).__name__
-        known = f"; needed {gib(memory.total_bytes)} as predicted" if memory else ""
-        known += f", {gib(memory.free_bytes)} were free before loading" if memory else ""
-        return "oom", f"out of memory in {phase}: {message}{known}"
+        sizes = f"; needed {gib(memory.total_bytes)} as predicted" if memory else ""
+        sizes += f", {gib(memory.free_bytes)} were free before loading" if memory else ""
+        return "oom", f"out of memory in {phase}: {message}{sizes}"
     if isinstance(error, HotloopError):
         return "failed", f"{type(error).__name__} in {phase}: {error}"
     frames = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()

@@ -72,7 +72,7 @@ class CellStarted:
 class CellPhase:
     """A cell, or the reference, entered a phase or made progress in it.
 
-    ``total`` is the number of repeats or windows of the phase, 0 for phases without;
+    ``total`` is the number of repeats, windows or items of the phase, 0 in phases without progress;
     ``decode_tok_s`` is the speed of the last repeat.
     """
 
@@ -113,7 +113,7 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Drops the event."""
+    """Drops the event; an ``on_event`` for callers that need none."""
 
 
 _FROM_CELL: dict[str, TypeAdapter[Any]] = {

@@ -34,13 +34,13 @@ from hotloop.types import OWN_ENGINE, EngineConfig, is_draft_model
 
 
 class Job(BaseModel):
-    """One configuration to measure, or one reference to score and keep.
+    """One configuration to measure, or one reference to score and store.
 
     Attributes:
         task: Measure ``config``, or score it and store the distributions as a reference.
         cell: The cell's name.
         config: The configuration.
-        source: The ``module:attribute`` of its engine's ``EngineKind``.
+        source: Where its engine's ``EngineKind`` is defined: ``module:attribute``.
         python: The interpreter that runs it; None for the current one.
         workload: The workload to time; None for a job that times nothing.
         quality: The windows to score; None for none. Its text's path is absolute.
@@ -49,14 +49,14 @@ class Job(BaseModel):
             weights.
         draft_sha256: The same hash for the draft model's checkpoint; None without one.
         reference_model: The model to compare with, if it is not the measured model.
-        reference_sha256: The same hash for this model's checkpoint.
+        reference_sha256: The same hash for the checkpoint of ``reference_model``.
         reference: The file to compare with; for a reference, the file to write.
         task_sha256s: Hashes of the tasks to answer.
         answers: The file of the reference's answers to the tasks; for a reference, the file to
             write.
         reference_place: The place where the reference was scored, if that was not one device of
             this job's kind.
-        no_reference: The reason why there is no reference.
+        no_reference_reason: Why there is no reference; None if there is one, or none is needed.
         attempt: The number of the attempt at this cell, from 1.
         key: See :func:`measurement_key`.
         provenance: Entries of the record's provenance that are known before the job runs.
@@ -80,7 +80,7 @@ class Job(BaseModel):
     task_sha256s: tuple[str, ...] = ()
     answers: Path | None = None
     reference_place: str | None = None
-    no_reference: str | None = None
+    no_reference_reason: str | None = None
     attempt: int = 1
     key: str = ""
     provenance: dict[str, Any] = {}
@@ -130,16 +130,17 @@ class Job(BaseModel):
                 "key": "",
             }
         )
-        # A cell is known by the version alone, so that --resume keeps what took hours. A reference
-        # takes a minute, and one of other code would be a difference that no configuration made.
-        scored = _scored(job, replace(job.config, max_seq_len=None)) | {
+        # The key of a cell has only hotloop's version, so that --resume keeps results that took
+        # hours. A reference takes a minute, and its key has the code as well: otherwise a cell
+        # could differ from a reference of older code for a reason other than its configuration.
+        inputs = _prediction_inputs(job, replace(job.config, max_seq_len=None)) | {
             "code": code_hash(),
             "machine": hardware.machine(),
         }
-        files = {"reference": folder / f"{sha256_of(scored)[:16]}.safetensors"}
+        files = {"reference": folder / f"{sha256_of(inputs)[:16]}.safetensors"}
         if self.task_sha256s:
-            answered = scored | {"text": None, "windows": None, "tasks": self.task_sha256s}
-            files["answers"] = folder / f"{sha256_of(answered)[:16]}.json"
+            answer_inputs = inputs | {"text": None, "windows": None, "tasks": self.task_sha256s}
+            files["answers"] = folder / f"{sha256_of(answer_inputs)[:16]}.json"
         return job.model_copy(update=files)
 
     @property
@@ -162,19 +163,19 @@ def measurement_key(job: Job, resolved: EngineConfig, machine: Mapping[str, Any]
         resolved: Its configuration as its engine's ``resolve_auto`` returns it.
         machine: The result of ``hardware.machine``.
     """
-    timed: dict[str, Any] = {
+    others: dict[str, Any] = {
         "workload": job.workload and job.workload.model_dump(),
         "draft": job.draft_sha256,
         "reference": job.reference_sha256,
         "machine": machine,
     }
     if job.quality is not None:
-        timed["tasks"] = job.task_sha256s
-        timed["protocols"] = sorted(job.quality.protocols)
-    return sha256_of(_scored(job, resolved) | timed)
+        others["tasks"] = job.task_sha256s
+        others["protocols"] = sorted(job.quality.protocols)
+    return sha256_of(_prediction_inputs(job, resolved) | others)
 
 
-def _scored(job: Job, resolved: EngineConfig) -> dict[str, Any]:
+def _prediction_inputs(job: Job, resolved: EngineConfig) -> dict[str, Any]:
     """Returns everything that determines a job's predictions."""
     config = resolved.to_dict()
     if job.weights_sha256:
@@ -285,15 +286,15 @@ def make_jobs(
             original = models[cell.config.model]
             if readable:
                 check_length(original, text.content, quality.window)
-            compared = _compared(models, model, original, quality, readable=readable)
+            reference = _reference_fields(models, model, original, quality, readable=readable)
             hashes = {"text_sha256": text.sha256, "task_sha256s": tuple(t.sha256 for t in tasks)}
-            job = job.model_copy(update=hashes | compared)
+            job = job.model_copy(update=hashes | reference)
         key = measurement_key(job, cell.resolved, machine)
         jobs.append(job.model_copy(update={"key": key}))
     return jobs
 
 
-def _compared(
+def _reference_fields(
     models: Models,
     model: KnownModel,
     original: KnownModel,
@@ -319,7 +320,7 @@ def _compared(
             original, quality.reference, original.quantization if readable else None
         )
     except NoReferenceError as error:
-        return {"no_reference": str(error)}
+        return {"no_reference_reason": str(error)}
     if reference.sha256 == model.sha256:
         return {}
     return {"reference_model": reference.name, "reference_sha256": reference.sha256}

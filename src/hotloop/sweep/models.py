@@ -69,57 +69,56 @@ class Models:
         return self._known[name]
 
     def reference_of(
-        self, model: KnownModel, asked: str | None, copy: Quantization | None
+        self, model: KnownModel, requested: str | None, copy: Quantization | None
     ) -> KnownModel:
         """Finds the unquantized model to compare with.
 
         Args:
             model: The model that is measured.
-            asked: The reference that the user names.
-            copy: The quantization of ``model``, if ``hotloop quantize`` wrote it.
+            requested: The reference that the user names; None for the default.
+            copy: The description of ``model``, if it is a copy that ``hotloop quantize`` wrote.
 
         Raises:
-            ConfigError: ``asked`` is a quantized copy, or not the model from which ``model`` was
-                made.
+            ConfigError: ``requested`` is a quantized copy, or ``model`` was not made from it.
             NoReferenceError: ``model`` is a quantized copy, and its source cannot be found.
         """
-        if asked is not None:
-            reference = self[asked]
+        if requested is not None:
+            reference = self[requested]
             if reference.quantization is not None:
                 raise ConfigError(
-                    f"the reference {shorten_value(asked)} is itself a quantized copy "
+                    f"the reference {shorten_value(requested)} is itself a quantized copy "
                     f"({reference.quantization.scheme}): give the model that it was made from."
                 )
             expected = copy.source.sample if copy and copy.source else None
             if copy and copy.source and expected and expected != reference.sample:
                 raise ConfigError(
                     f"{shorten_value(model.name)} was not made from the reference "
-                    f"{shorten_value(asked)} but "
-                    f"from {shorten_value(copy.source.name)}: the reference has the hash "
-                    f"{reference.sample[:12]}, not {expected[:12]}."
+                    f"{shorten_value(requested)} but from {shorten_value(copy.source.name)}: the "
+                    f"reference has the hash {reference.sample[:12]}, not {expected[:12]}."
                 )
             return reference
         if copy is None:
             return model
-        lacks = (
+        message = (
             f"no unquantized reference: {model.name} is a copy quantized as {copy.scheme}. Name "
             "the model it was made from with --reference"
         )
         if copy.source is None:
-            raise NoReferenceError(f"{lacks}.")
+            raise NoReferenceError(f"{message}.")
         try:
             reference = self[copy.source.name]
         except ModelNotFoundError:
-            raise NoReferenceError(f"{lacks}; {copy.source.name} is not on this machine.") from None
+            raise NoReferenceError(
+                f"{message}; {copy.source.name} is not on this machine."
+            ) from None
         if copy.source.sample is None:
             raise NoReferenceError(
-                f"{lacks}; an earlier version of hotloop made the copy, and did not record the "
-                "hash "
-                "of that model."
+                f"{message}; an earlier version of hotloop made the copy, and did not record the "
+                "hash of that model."
             )
         if reference.sample != copy.source.sample:
             raise NoReferenceError(
-                f"{lacks}; {copy.source.name} on this machine has other content."
+                f"{message}; {copy.source.name} on this machine has other content."
             )
         return reference
 

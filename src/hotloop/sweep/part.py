@@ -1,4 +1,4 @@
-"""A part of a sweep's cells, so that several machines can share a matrix without a service."""
+"""Selects a part of a sweep's cells, so that machines can share a sweep without a job scheduler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Part ``index`` of ``count``, counted from 1."""
+    """Part ``index`` of the ``count`` parts of a sweep, counted from 1."""
 
     index: int
     count: int

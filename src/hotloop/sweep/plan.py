@@ -57,8 +57,8 @@ def _planned(cell: Cell, free: dict[tuple[str, int], int]) -> PlannedCell:
 
     Args:
         cell: The cell.
-        free: Free bytes by device and number of ranks, read once and added here, so that all cells
-            are compared with the same value.
+        free: Free bytes by device and number of ranks: the first cell adds its value, and all later
+            cells are compared with that.
     """
     try:
         memory = cell.engine.predict(cell.config)

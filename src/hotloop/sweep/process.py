@@ -44,13 +44,17 @@ GRACE_S = 5.0
 """Seconds that a process may take to end after it was asked to end, or has sent its record."""
 
 TICK_S = 0.1
+"""Seconds between two looks at the process."""
+
 LOG_TAIL_LINES = 6
+"""The last lines of a log that become part of a reason."""
+
 MAX_LOG_LINES = 1_000
 """How many of the last lines are searched for a crash: faulthandler lists every thread."""
 
 OOM_SHARE = 0.8
-"""The share of the available memory above which a killed process is assumed to have been ended by
-an out-of-memory killer, even if the kernel counted none."""
+"""If a killed process held more than this share of the available memory, an out-of-memory killer is
+assumed to have ended it, even if the kernel's own killer did not."""
 
 
 _START = """
@@ -72,7 +76,7 @@ main()
 interpreter need not have hotloop installed, and does not see this interpreter's other packages."""
 
 
-_LACKS = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'$", re.MULTILINE)
+_MISSING_MODULE = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'$", re.MULTILINE)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -102,7 +106,7 @@ def run_isolated(
     Raises:
         Interrupted: After a KeyboardInterrupt, once the process has ended.
     """
-    seen = _Seen(on_event)
+    events = _ChildEvents(on_event)
     fields, deadline = base_record(job), time.monotonic() + timeout_s
     stopped: Status | None = None
     with opened_to_append(log) as output:
@@ -111,73 +115,73 @@ def run_isolated(
         with _started(job, output, grace_s, on_event) as (child, pipe):
             try:
                 while True:
-                    ended = (
-                        child.poll() is not None
-                    )  # before reading, so that everything that it wrote is read
+                    # Before reading, so that all output of a child that has ended is read.
+                    ended = child.poll() is not None
                     for line in pipe.lines(0 if ended else TICK_S):
-                        seen.take(line)
-                    if ended or seen.nonsense:
+                        events.handle(line)
+                    if ended or events.protocol_error:
                         break
-                    if seen.record:
+                    if events.record:
                         deadline = min(deadline, time.monotonic() + grace_s)
                     if time.monotonic() > deadline:
                         stopped = "timeout"
                         break
-                    seen.sample_memory(child.pid)
+                    events.sample_memory(child.pid)
             except KeyboardInterrupt:
                 stopped = "interrupted"
-    record = seen.record
+    record = events.record
     if record is None:
         if stopped == "interrupted":
-            status, reason = stopped, f"stopped by the user in {seen.phase}"
-        elif seen.nonsense:
-            status, reason = "failed", f"ended in {seen.phase}: {seen.nonsense}"
+            status, reason = stopped, f"stopped by the user in {events.phase}"
+        elif events.protocol_error:
+            status, reason = "failed", f"ended in {events.phase}: {events.protocol_error}"
         elif stopped == "timeout":
             status = stopped
             reason = (
-                f"took longer than timeout_s, {timeout_s:g} s, and was in {seen.phase}: raise it "
-                "in the recipe, or by --timeout-s without one"
+                f"took longer than timeout_s, {timeout_s:g} s, and was in {events.phase}: raise it "
+                "in the recipe or, without a recipe, with --timeout-s"
             )
         else:
-            status, reason = seen.explain_end(child)
-        tail = _tail(log, log_start) if status != "interrupted" else ""
-        if job.python is not None and seen.phase == "start" and (lacks := _LACKS.search(tail)):
+            status, reason = events.explain_end(child)
+        log_tail = _tail(log, log_start) if status != "interrupted" else ""
+        missing = _MISSING_MODULE.search(log_tail)
+        if job.python is not None and events.phase == "start" and missing:
             status = "unsupported"
             reason = (
-                f"{job.python} lacks the package {lacks[1]}, which hotloop also needs in the "
+                f"{job.python} lacks the package {missing[1]}, which hotloop also needs in the "
                 "interpreter of an engine: install hotloop there."
             )
-        reason = as_reason(reason + tail)
-        record = Record(**(fields | seen.facts), status=status, reason=reason)
+        reason = as_reason(reason + log_tail)
+        record = Record(**(fields | events.known_fields), status=status, reason=reason)
     if stopped == "interrupted":
         raise Interrupted(record)
     return record
 
 
-class _Seen:
+class _ChildEvents:
     """Collects the events of a running process, and explains its end."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
         self.phase = "start"
-        self.facts = {}
+        self.known_fields = {}
         self.record: Record | None = None
-        self.nonsense = ""
+        self.protocol_error = ""
         self._peak_rss = 0
         self._available = psutil.virtual_memory().available
 
-    def take(self, line: bytes) -> None:
+    def handle(self, line: bytes) -> None:
         try:
             event = from_line(line)
         except HotloopError as error:
-            self.nonsense = str(error)
+            self.protocol_error = str(error)
             return
         match event:
             case CellFinished():
                 self.record = event.record
                 return
             case CellPrepared():
-                self.facts = {
+                self.known_fields = {
                     "predicted_bytes": event.predicted_bytes,
                     "provenance": event.provenance,
                 }
@@ -214,7 +218,7 @@ class _Seen:
 
 
 class _Pipe:
-    """Lines from a file descriptor, as they arrive."""
+    """Reads lines from a file descriptor as they arrive."""
 
     def __init__(self, file: int) -> None:
         self._file, self._rest = file, b""

@@ -61,15 +61,15 @@ class SweepProgress:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", start=False, visible=False, note="")
-        self._place, self._label = "", ""
+        self._prefix, self._label = "", ""
         self._began = time.monotonic()
-        self._heart = Heartbeat(lambda step: self._print(f"  {step}"), heartbeat_s)
-        self._beating = ExitStack()
+        self._heartbeat = Heartbeat(lambda step: self._print(f"  {step}"), heartbeat_s)
+        self._heartbeat_running = ExitStack()
 
     def __enter__(self) -> SweepProgress:
         self._progress.start()
         if not self._console.is_terminal:
-            self._beating.enter_context(self._heart)
+            self._heartbeat_running.enter_context(self._heartbeat)
         return self
 
     def __exit__(
@@ -78,7 +78,7 @@ class SweepProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._beating.close()
+        self._heartbeat_running.close()
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
@@ -111,16 +111,16 @@ class SweepProgress:
                 self._end(record.cell, _outcome(record))
 
     def _say(self, text: str) -> None:
-        self._heart.spoke()
+        self._heartbeat.spoke()
         self._print(text)
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=True, highlight=False, soft_wrap=True)
 
-    def _begin(self, place: str, cell: str, note: str) -> None:
-        self._place, self._began = escape(place), time.monotonic()
-        self._heart.begin()
-        self._label = f"{self._place} {escape(cell)}"
+    def _begin(self, prefix: str, cell: str, note: str) -> None:
+        self._prefix, self._began = escape(prefix), time.monotonic()
+        self._heartbeat.begin()
+        self._label = f"{self._prefix} {escape(cell)}"
         self._progress.reset(
             self._task, description=self._label, total=None, visible=True, note=note
         )
@@ -138,16 +138,16 @@ class SweepProgress:
             note=speed,
         )
         count = f" {event.done}/{event.total}" if event.total else ""
-        self._heart.step(f"{doing}{count}")
+        self._heartbeat.step(f"{doing}{count}")
         if event.done == 0 and not self._console.is_terminal:
             self._say(f"  {doing}")
 
     def _end(self, cell: str, outcome: str) -> None:
-        """Prints the end of a cell; its final name can be more precise."""
+        """Prints the end of a cell, by its final name, in which ``auto`` may be resolved."""
         self._progress.update(self._task, visible=False)
-        self._heart.step("")
+        self._heartbeat.step("")
         seconds = time.monotonic() - self._began
-        self._say(f"{self._place} {escape(cell)}  {outcome}  [dim]({seconds:.0f} s)[/]")
+        self._say(f"{self._prefix} {escape(cell)}  {outcome}  [dim]({seconds:.0f} s)[/]")
 
 
 def _outcome(record: Record) -> str:

@@ -117,7 +117,7 @@ class RayCluster:
                     record = Record.model_validate_json(ray.get(done))
                 except ray.exceptions.RayError as error:
                     losses += 1
-                    if losses < MAX_LOST_NODES and _is_loss(ray, error):
+                    if losses < MAX_LOST_NODES and _is_node_loss(ray, error):
                         attempt = min(job.attempt + 1, MAX_COUNT)
                         job = job.model_copy(update={"attempt": attempt})
                         on_event(
@@ -185,7 +185,10 @@ def _connect(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
-def _is_loss(ray: Any, error: Exception) -> bool:
-    """Returns whether a task ended because its node or its worker ended."""
+def _is_node_loss(ray: Any, error: Exception) -> bool:
+    """Returns whether a task ended because its node or its worker process did.
+
+    Ray's ``OutOfMemoryError`` means that Ray killed the worker, because its node had little memory.
+    """
     kinds = ("NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError", "OutOfMemoryError")
     return isinstance(error, tuple(getattr(ray.exceptions, kind) for kind in kinds))

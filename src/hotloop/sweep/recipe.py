@@ -69,6 +69,7 @@ from hotloop.types import OWN_ENGINE, EngineConfig, WeightSource, is_draft_model
 from hotloop.writing import check_component
 
 MAX_RECIPE_BYTES = 256 * 2**10
+"""The largest recipe that is read, in bytes."""
 
 MAX_CELLS = 1_000
 """The most cells of a recipe: at one minute per cell, 17 hours."""
@@ -79,7 +80,7 @@ TASK_TOKENS = 512
 DEFAULT_ITEMS = 200
 """The default number of items of a task: enough to show a large loss, not to rule out a small."""
 
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
+NameOrPath = Annotated[str, Field(min_length=1, max_length=4096)]
 """A name or a path."""
 
 
@@ -101,9 +102,9 @@ class QualityOptions(StrictModel):
     window: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 512
     n_windows: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 16
     text: Annotated[Path | None, Field(strict=False)] = None
-    reference: Text | None = None
-    against: Text | None = None
-    tasks: list[Text] = Field(default_factory=list)
+    reference: NameOrPath | None = None
+    against: NameOrPath | None = None
+    tasks: list[NameOrPath] = Field(default_factory=list)
     n_items: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = DEFAULT_ITEMS
     protocols: list[Protocol] = Field(default_factory=lambda: ["gptq"])
 
@@ -137,7 +138,7 @@ def _known_engine(name: str) -> str:
     return name
 
 
-Engine = Annotated[Text, AfterValidator(_known_engine)]
+Engine = Annotated[NameOrPath, AfterValidator(_known_engine)]
 
 
 def _canonical_scheme(name: str) -> str:
@@ -150,8 +151,8 @@ def _canonical_head(name: str) -> str:
     return "auto" if name.strip() == "auto" else _canonical_scheme(name)
 
 
-def _listed(values: object) -> object:
-    """Splits the values of an axis: a list, or text with commas; spaces around them are ignored."""
+def _split_values(values: object) -> object:
+    """Returns the values of an axis, a list or a text with commas, without spaces around them."""
     if isinstance(values, str):
         values = values.split(",")
     if isinstance(values, list):
@@ -160,9 +161,9 @@ def _listed(values: object) -> object:
 
 
 def _checked_type(hint: Any) -> Any:
-    """Returns the type of a field of ``EngineConfig`` for pydantic, with its ``Range``."""
+    """Returns the type for pydantic of a field of ``EngineConfig``, which checks its ``Range``."""
     if hint is str:
-        return Text
+        return NameOrPath
     if get_origin(hint) in (Union, types.UnionType):
         one, none = get_args(hint)
         assert none is type(None), "a field takes one kind of value, and perhaps None"
@@ -188,13 +189,15 @@ def _lever_types() -> dict[str, Any]:
         for name, hint in get_type_hints(EngineConfig, include_extras=True).items()
     }
     return {
-        name: Annotated[Text, AfterValidator(_NAMES[lever.names])] if lever.names else hints[name]
+        name: Annotated[NameOrPath, AfterValidator(_VALIDATORS[lever.names])]
+        if lever.names
+        else hints[name]
         for name, lever in levers().items()
         if name != "weights"
     }
 
 
-_NAMES = {"scheme": _canonical_scheme, "head": _canonical_head, "engine": _known_engine}
+_VALIDATORS = {"scheme": _canonical_scheme, "head": _canonical_head, "engine": _known_engine}
 
 
 if TYPE_CHECKING:
@@ -211,7 +214,7 @@ else:
         __base__=StrictModel,
         __doc__="Lists of values to try, for some fields of EngineConfig.",
         **{
-            name: (Annotated[list[hint], Field(min_length=1), BeforeValidator(_listed)], None)
+            name: (Annotated[list[hint], Field(min_length=1), BeforeValidator(_split_values)], None)
             for name, hint in _lever_types().items()
         },
     )
@@ -221,7 +224,7 @@ class Recipe(StrictModel):
     """A whole experiment; the module's docstring explains the fields."""
 
     name: Annotated[str, AfterValidator(check_component)] = "sweep"
-    model: Text
+    model: NameOrPath
     weights: WeightSource = "checkpoint"
     defaults: Levers = Levers()
     matrix: Matrix = Matrix()
@@ -278,12 +281,12 @@ def load_recipe(path: Path | str) -> Recipe:
             message names their places in the recipe.
     """
     path = Path(path)
-    said = parse_yaml(read_text(path, limit=MAX_RECIPE_BYTES, refuse=config_error), path)
-    if not isinstance(said, dict):
+    data = parse_yaml(read_text(path, limit=MAX_RECIPE_BYTES, refuse=config_error), path)
+    if not isinstance(data, dict):
         raise config_error(
-            path, f"a recipe is a mapping with at least `model`, not {shorten_value(said)}."
+            path, f"a recipe is a mapping with at least `model`, not {shorten_value(data)}."
         )
-    return _checked(said, source=str(path), folder=path.parent)
+    return _checked(data, source=str(path), folder=path.parent)
 
 
 def recipe_from_flags(
@@ -308,7 +311,7 @@ def recipe_from_flags(
     Raises:
         ConfigError: As for ``load_recipe``.
     """
-    said = {
+    data = {
         "model": model,
         "matrix": {name: list(values) for name, values in matrix.items() if values},
         "defaults": _given(defaults or {}),
@@ -318,7 +321,7 @@ def recipe_from_flags(
     }
     recipe = validated(
         Recipe,
-        _given(said),
+        _given(data),
         "command line",
         refuse=lambda _, problem: ConfigError(problem),
         name=_flag,
@@ -328,7 +331,7 @@ def recipe_from_flags(
 
 
 def _flag(place: Place) -> str:
-    """Returns the command-line option of a place in a recipe."""
+    """Returns the command-line option that sets a value of a recipe, given by its path of keys."""
     keys = [key for key in place if isinstance(key, str)]
     if keys == ["model"]:
         return "MODEL"
@@ -358,36 +361,35 @@ def replace_models(
     Raises:
         ConfigError: The recipe has nothing to replace, or two cells become the same.
     """
-    said = recipe.model_dump(exclude_unset=True)
+    data = recipe.model_dump(exclude_unset=True)
     for engine in (*(pythons or {}), *(checkpoints or {})):
         named = sorted({config.engine for config in expand(recipe)})
         if engine not in named:
             raise UnknownNameError(f"engine in the recipe {recipe.name!r}", engine, named)
     for engine, python in (pythons or {}).items():
-        settings = said.setdefault("engines", {}).setdefault(engine, {})
+        settings = data.setdefault("engines", {}).setdefault(engine, {})
         settings["python"] = python.expanduser().absolute()
     for engine, checkpoint in (checkpoints or {}).items():
-        for cell in said.get("cells", []):
+        for cell in data.get("cells", []):
             if cell.get("engine") == engine:
                 cell["checkpoint"] = checkpoint
-    said |= _given({"weights": weights, "model": model})
+    data |= _given({"weights": weights, "model": model})
     if draft_model is not None:
         if not any(is_draft_model(config.draft) for config in expand(recipe)):
             raise ConfigError(
                 f"the recipe {recipe.name!r} has no cell with a draft model that {draft_model!r} "
-                "could "
-                "replace: leave out --draft-model."
+                "could replace: leave out --draft-model."
             )
 
         def replaced(draft: str) -> str:
             return draft_model if is_draft_model(draft) else draft
 
-        for levers in (said.get("defaults", {}), *said.get("cells", [])):
+        for levers in (data.get("defaults", {}), *data.get("cells", [])):
             if "draft" in levers:
                 levers["draft"] = replaced(levers["draft"])
-        if "draft" in (axes := said.get("matrix", {})):
+        if "draft" in (axes := data.get("matrix", {})):
             axes["draft"] = [replaced(draft) for draft in axes["draft"]]
-    return _checked(said, source=f"recipe {recipe.name!r}", folder=recipe._folder)
+    return _checked(data, source=f"recipe {recipe.name!r}", folder=recipe._folder)
 
 
 def expand(recipe: Recipe) -> list[EngineConfig]:
@@ -449,8 +451,7 @@ def fit_to_experiment(
             what = f"window of {needed} tokens" if window else f"tasks' {needed} tokens"
         raise ConfigError(
             f"max_seq_len (--max-seq-len) {config.max_seq_len} of {config.name} cannot hold the "
-            f"{what}: raise it "
-            "or leave it out."
+            f"{what}: raise it or leave it out."
         )
     if config.max_batch_size < workload.batch:
         raise ConfigError(
@@ -489,9 +490,9 @@ def _with_defaults(
 ) -> list[dict[str, Any]]:
     """Adds the defaults to the cells of the matrix and to the explicit cells.
 
-    A lever that has no effect in a cell is dropped from it, unless an explicit cell has it; cells
-    of the matrix can become equal by that. A lever that has no effect in any cell stays in all of
-    them, so that the engine refuses it.
+    A lever that has no effect in a cell is dropped from it, unless an explicit cell sets it. Cells
+    of the matrix that become equal in this way are one cell. A lever that has no effect in any cell
+    stays in all of them, so that the engine refuses it.
     """
     explicit_levers = [*({} for _ in matrix), *explicit]
     whole = [{**defaults, **cell} for cell in (*matrix, *explicit)]
@@ -518,8 +519,8 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _checked(said: dict[str, Any], *, source: str, folder: Path) -> Recipe:
-    recipe = validated(Recipe, said, source, refuse=config_error)
+def _checked(data: dict[str, Any], *, source: str, folder: Path) -> Recipe:
+    recipe = validated(Recipe, data, source, refuse=config_error)
     recipe._folder = folder
     try:
         expand(recipe)

@@ -12,8 +12,8 @@ from hotloop.evaluate.reference_store import ReferenceStore
 from hotloop.sweep.events import OnEvent, ReferenceFinished, ReferenceStarted
 from hotloop.sweep.job import Job
 
-RANKS = (2, 4, 8)
-"""Numbers of GPUs to try for a reference that does not fit one GPU."""
+N_RANKS = (2, 4, 8)
+"""Numbers of ranks to try, one GPU each, for a reference that does not fit one GPU."""
 
 DID_NOT_FIT: tuple[Status, ...] = ("predicted-oom", "oom")
 
@@ -71,50 +71,50 @@ def find_reference(
         The fields of ``Job`` with the reference, or with the reason why there is none.
     """
     first = job.reference_job(store.folder)
-    if _is_kept(first):
+    if _is_stored(first):
         places = [(first, None)]
     else:
         others = list(_other_places(job, store.folder))
-        kept = [place for place in others if _is_kept(place[0])]
-        places = kept[:1] or [(first, None), *others]
+        stored = [place for place in others if _is_stored(place[0])]
+        places = stored[:1] or [(first, None), *others]
     reasons = []
     for scoring, place in places:
-        record = _scored(scoring, store, score, on_event)
+        record = _score_if_missing(scoring, store, score, on_event)
         if record is None:
             files = {"reference": scoring.reference, "answers": scoring.answers}
             return files | {"reference_place": place}
         why = (record.reason or "").partition("\n")[0]
         reasons.append(f"{scoring.cell} ended as {record.status}: {why}")
         if place is None and record.status not in DID_NOT_FIT:
-            break
-    return {"no_reference": f"the reference {'; '.join(reasons)}"}
+            break  # another place helps only if memory was lacking
+    return {"no_reference_reason": f"the reference {'; '.join(reasons)}"}
 
 
 def _other_places(job: Job, folder: Path) -> Iterator[tuple[Job, str]]:
     """Makes the jobs that score a reference elsewhere, each with the name of the place."""
     if job.config.device == "cpu" or not (gpus := hardware.machine()["gpus"]):
         return
-    for n in RANKS:
+    for n in N_RANKS:
         if n <= len(gpus):
             yield job.reference_job(folder, tensor_parallel=n), f"by {n} ranks"
     yield job.reference_job(folder, device="cpu"), "on the CPU"
 
 
-def _is_kept(scoring: Job) -> bool:
-    return all(made.exists() for made in (scoring.reference, scoring.answers) if made is not None)
+def _is_stored(scoring: Job) -> bool:
+    return all(file.exists() for file in (scoring.reference, scoring.answers) if file is not None)
 
 
-def _scored(
+def _score_if_missing(
     scoring: Job, store: ReferenceStore, score: Callable[[Job], Record], on_event: OnEvent
 ) -> Record | None:
-    """Scores a reference unless its files exist; returns the record if that failed."""
+    """Scores a reference unless its files exist; returns its record if that failed, else None."""
     file = scoring.reference
     assert file is not None, "a reference job names its file"
-    for made in (file, scoring.answers):
-        if made is not None:
-            store.hold(made)
+    for each in (file, scoring.answers):
+        if each is not None:
+            store.hold(each)
     record = None
-    if not (kept := _is_kept(scoring)):
+    if not (reused := _is_stored(scoring)):
         on_event(ReferenceStarted(scoring.cell))
         record = score(scoring)
     reason = None
@@ -122,5 +122,5 @@ def _scored(
         why = (record.reason or "").partition("\n")[0]
         reason = f"the reference {scoring.cell} ended as {record.status}: {why}"
     n_bytes = 0 if reason else file.stat().st_size
-    on_event(ReferenceFinished(scoring.cell, reason, n_bytes, str(file.parent), kept))
+    on_event(ReferenceFinished(scoring.cell, reason, n_bytes, str(file.parent), reused))
     return record if reason else None

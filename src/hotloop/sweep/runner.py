@@ -41,12 +41,12 @@ from hotloop.writing import (
 )
 
 COULD_NOT_RUN: tuple[Status, ...] = ("unsupported", "predicted-oom", "oom")
-"""The statuses that ``resume`` tries again only if the circumstances have changed."""
+"""Statuses of cells that ``resume`` runs again only if the circumstances have changed."""
 
 FINISHED: tuple[Status, ...] = (*MEASURED, *COULD_NOT_RUN)
-"""Further statuses that ``resume`` does not try again: the cell would end in the same way."""
+"""Statuses of cells that ``resume`` does not run again, since they would end in the same way."""
 
-MORE_MEMORY = 1.1
+MIN_MEMORY_GROWTH = 1.1
 """The factor by which free memory must have grown before a cell that did not fit is tried again."""
 
 
@@ -144,20 +144,21 @@ def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
     was, now = earlier.provenance.get("circumstances"), provenance["circumstances"]
     if was is None:
         return True  # not known: records of older versions lack them
-    fixed = ("code", "packages", "driver")
-    if any(was.get(name) != now[name] for name in fixed):
+    if any(was.get(name) != now[name] for name in ("code", "packages", "driver")):
         return True
     if was.get("gpus", []) != now["gpus"]:
         return True
     if earlier.status == "unsupported":
         return False
-    on = "cuda" if earlier.provenance.get("device", {}).get("kind") == "cuda" else "cpu"
-    had, has = was.get("free_bytes", {}).get(on), now["free_bytes"][on]
-    return had is not None and has is not None and has >= MORE_MEMORY * had
+    kind = "cuda" if earlier.provenance.get("device", {}).get("kind") == "cuda" else "cpu"
+    free_before, free_now = was.get("free_bytes", {}).get(kind), now["free_bytes"][kind]
+    if free_before is None or free_now is None:
+        return False
+    return free_now >= MIN_MEMORY_GROWTH * free_before
 
 
 def _note_of_other_code(jobs: Iterable[Job], earlier: Mapping[str, Record]) -> str | None:
-    """Returns a note of the finished cells that other code of hotloop has measured."""
+    """Returns a note on finished cells that other code of hotloop measured; None without any."""
     kept = (r for job in jobs if _is_finished(job, r := earlier.get(job.key)) and r is not None)
     measured = [r.provenance.get("hotloop", {}) for r in kept if r.status in MEASURED]
     if not (others := [by for by in measured if by.get("code") != code_hash()]):
@@ -192,18 +193,21 @@ class SingleMachine:
     ) -> None:
         self.results, self.timeout_s, self.on_event = results, timeout_s, on_event
         self.store = store
-        self.references: dict[Path, dict[str, Any]] = {}  # by the file that each would have here
+        # By the reference's file name if this job's own device scored it.
+        self.references: dict[Path, dict[str, Any]] = {}
 
     def with_reference(self, job: Job, earlier: Record | None) -> Job:
         """Adds the reference to a job, and scores the reference first if it is missing."""
         compared = earlier is not None and "reference" in earlier.provenance
-        if job.quality is None or job.no_reference or (compared and _is_finished(job, earlier)):
+        if job.quality is None or job.no_reference_reason:
             return job
-        wanted = job.reference_job(self.store.folder).reference
-        assert wanted is not None, "a reference job names its file"
-        if wanted not in self.references:
-            self.references[wanted] = find_reference(job, self.store, self.run, self.on_event)
-        found = self.references[wanted]
+        if compared and _is_finished(job, earlier):
+            return job
+        default = job.reference_job(self.store.folder).reference
+        assert default is not None, "a reference job names its file"
+        if default not in self.references:
+            self.references[default] = find_reference(job, self.store, self.run, self.on_event)
+        found = self.references[default]
         if (file := found.get("reference")) is not None:
             found = found | {"provenance": {**job.provenance, "reference": file.stem}}
         return job.model_copy(update=found)
@@ -226,7 +230,7 @@ class SingleMachine:
     def measure_on(
         self, cluster: RayCluster, jobs: Sequence[Job], earlier: Mapping[str, Record]
     ) -> list[Record]:
-        """Returns the records of jobs; unfinished jobs run on a cluster."""
+        """Runs unfinished jobs on a cluster; returns the records of all jobs, in their order."""
         records: dict[str, Record] = {}
         waiting = []
         for job in jobs:

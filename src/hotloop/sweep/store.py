@@ -22,8 +22,10 @@ RECORDS = "records.jsonl"
 
 
 MAX_FILE_BYTES = 2**28
+"""The largest file of records that is read, in bytes."""
+
 MAX_LINE_BYTES = 2**22
-"""The longest line that is read; a record has about ten thousand bytes."""
+"""The longest line that is read, in bytes; a record has about ten thousand."""
 
 
 def read_file(path: Path) -> tuple[list[Record], list[str]]:
@@ -49,13 +51,13 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
             if not line.strip():
                 continue
             try:
-                said = parse_json(line.strip(), place, refuse=config_error)
+                data = parse_json(line.strip(), place, refuse=config_error)
             except ConfigError as error:
                 problems.append(f"{error}; it is incomplete or damaged, and is skipped.")
                 continue
-            _check_schema(said, place)
+            _check_schema(data, place)
             try:
-                records.append(validated(Record, said, place, refuse=config_error))
+                records.append(validated(Record, data, place, refuse=config_error))
             except ConfigError as error:
                 problems.append(f"{error}; it is not a record, and is skipped.")
     return records, problems
@@ -93,8 +95,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_schema(said: dict[str, Any], where: str) -> None:
-    found = said.get("schema_version")
+def _check_schema(data: dict[str, Any], where: str) -> None:
+    found = data.get("schema_version")
     if isinstance(found, int) and found > SCHEMA_VERSION:
         raise config_error(
             where,

@@ -30,13 +30,13 @@ def main() -> None:
     pipe = int(sys.argv[1])
     os.set_inheritable(pipe, False)  # or a process started here could hold it open
 
-    def tell(event: Event) -> None:
+    def send(event: Event) -> None:
         line = to_line(event)
         while line:
             line = line[os.write(pipe, line) :]
 
     run = score_reference if job.task == "reference" else run_cell
-    tell(CellFinished(run(job, tell)))
+    send(CellFinished(run(job, send)))
 
 
 def _end_with_parent() -> None:
