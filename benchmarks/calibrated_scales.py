@@ -1,11 +1,12 @@
-"""Compares calibrations of int4 scales, which differ in the weights of their squared errors.
+"""Compares ways to weight the squared errors that the calibration of int4 scales minimizes.
 
-Every matrix of a model's layers is quantized and dequantized in float32, the head is not quantized,
-and the model's predictions are compared with its own: mean KL divergence and how often the most
-likely token is the same. Weights of the squared errors are ones, mean squares of activations on
-random tokens as ``-cal`` takes them, or on text. The text that is scored is the default one of
-``hotloop eval``; text to calibrate with is CPython's ``argparse``, or a file. Deterministic.
-With ``--by-matrix`` the scales of one matrix of each layer are calibrated, or of all but one.
+The errors of input features are weighted equally, by the mean squares of activations on random
+tokens, as the scheme suffix ``-cal`` does, or by those on text. Every matrix of a model's layers
+is quantized and dequantized in float32; the head is not quantized. The predictions are compared
+with those of the unquantized model: mean KL divergence, and the share of positions with the same
+most likely token. The text that is scored is the default one of ``hotloop eval``; the text to
+calibrate with is CPython's ``argparse``, or a file. With ``--by-matrix`` the scales of one matrix
+of each layer are calibrated, or of all but one. The results are deterministic.
 
     python benchmarks/calibrated_scales.py --out benchmarks/results/NAME.json
 """
@@ -40,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 class Trial:
-    """A model in float32, whose matrices are replaced by what a scheme makes of them."""
+    """A model in float32 whose matrices are quantized and dequantized in place."""
 
     def __init__(self, model: str, n_windows: int) -> None:
         options = {"quant": "none", "execution": "eager", "dtype": "float32", "device": "cpu"}
@@ -58,7 +59,7 @@ class Trial:
         self.expected = [self.predict(window) for window in self.windows]
 
     def packed(self, key: tuple[int, str]) -> Tensor:
-        """The weight that a product reads, [N, K]."""
+        """Returns the weight that a matrix product reads, [N, K]."""
         i, name = key
         (weight,) = self.decoder.blocks[i].linears[name].packed
         return weight
@@ -81,13 +82,13 @@ class Trial:
         with closing(open_checkpoint(resolve_model(model))) as checkpoint:
             return importance(checkpoint, self.config, CPU, ids_BT)
 
-    def of(self, matrices: set[str], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the activations of these matrices of each layer."""
+    def select(self, matrices: set[str], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Selects the mean squares of these matrices of each layer."""
         parts = (parts for (_, name), parts in self.parts.items() if name in matrices)
         return {part: squares[part] for each in parts for part in each}
 
     def measure(self, group_size: int, squares: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Quantizes all matrices, plainly if there are no activations, and compares predictions."""
+        """Quantizes all matrices, calibrating those in ``squares``, and compares predictions."""
         began_s, scheme = time.process_time(), Int4(group_size=group_size, calibrated=True)
         for key, (part, *_) in self.parts.items():
             quantized = scheme.quantize(self.weights[key], importance=squares.get(part))
@@ -149,8 +150,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         weights["all"] = by_random
         every = {name for _, name in trial.parts}
         for name in sorted(every):
-            weights[f"only {name}"] = trial.of({name}, by_random)
-            weights[f"all but {name}"] = trial.of(every - {name}, by_random)
+            weights[f"only {name}"] = trial.select({name}, by_random)
+            weights[f"all but {name}"] = trial.select(every - {name}, by_random)
     else:
         text = take_windows(trial.llm.encode, args.text.read_text(), WINDOW, args.text_windows)
         weights |= {
@@ -163,8 +164,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for label, squares in weights.items():
             row = {"group_size": group_size, "weights": label}
             rows.append(row | trial.measure(group_size, squares))
-            told = "KL {kl:.4f}  same top-1 {same_top1:.1%}  ppl {ppl:.2f}".format(**rows[-1])
-            print(f"g{group_size:<4} {label:20} {told}", flush=True)
+            line = "KL {kl:.4f}  same top-1 {same_top1:.1%}  ppl {ppl:.2f}".format(**rows[-1])
+            print(f"g{group_size:<4} {label:20} {line}", flush=True)
     return rows
 
 

@@ -1,9 +1,10 @@
-"""Records chains of drafts on real text: each draft's own probability, and how many are accepted.
+"""Records chains of drafts on real text: each draft's probability, and how many are accepted.
 
-From the records it computes the effect of ending chains early. The costs of a draft, d, and of a
-verification of k drafts, v(k), are given in plain steps (``docs/speculation.md``). It prints the
-speed with the best fixed k, and with chains of up to ``--draft-tokens`` that end below a
-probability. Neither depends on the load of the machine. Texts are those of ``speculation.py``.
+From the records it computes the effect of ending chains early. The cost d of a draft, and the cost
+v(k) of verifying k drafts, are arguments, in units of a plain step (``docs/speculation.md``). For
+each text it prints the best speed with a fixed k, and the best speed with chains of up to
+``--draft-tokens`` drafts that end when their probability falls below a threshold. Neither depends
+on the load of the machine. Texts are those of ``speculation.py``.
 
     python benchmarks/chains.py --draft self-int4-g64 --out benchmarks/results/NAME.json
 """
@@ -29,10 +30,10 @@ from hotloop.engine.sampling import Sampler
 from hotloop.hardware import provenance
 
 Chain = tuple[list[float], int]
-"""The probability of each draft of a step but the last, and the number of drafts accepted."""
+"""The probability of each draft of a step but the last, and the number of accepted drafts."""
 
 NEVER = 1e-30
-"""A probability below which no chain is."""
+"""A threshold so low that no chain ends early."""
 
 THRESHOLDS = [i / 40 for i in range(40)]
 
@@ -62,14 +63,14 @@ class Recorder:
         Sampler.probability, Rows.accept = recorded_probability, recorded_accept
 
 
-def fixed(chains: Sequence[Chain], k: int, d: float, per_draft: float) -> float:
+def speed_with(chains: Sequence[Chain], k: int, d: float, per_draft: float) -> float:
     """Returns the speed of steps with k drafts, relative to plain steps."""
     tokens = sum(1 + min(accepted, k) for _, accepted in chains)
     return tokens / (len(chains) * (k * d + 1 + k * per_draft))
 
 
-def early(chains: Sequence[Chain], threshold: float, d: float, per_draft: float) -> float:
-    """Returns the speed of steps whose chains end below a probability."""
+def speed_below(chains: Sequence[Chain], threshold: float, d: float, per_draft: float) -> float:
+    """Returns the speed of steps whose chains end below a threshold, relative to plain steps."""
     tokens = cost = 0.0
     for probabilities, accepted in chains:
         survival, k = 1.0, 1
@@ -84,7 +85,7 @@ def early(chains: Sequence[Chain], threshold: float, d: float, per_draft: float)
 
 
 def main() -> None:
-    """Records the texts, prints a table of speeds, and writes the records."""
+    """Records the chains of each text, prints speeds, and writes the records."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quant", default="none")
@@ -117,16 +118,14 @@ def main() -> None:
             for d in args.costs:
                 costs = d, args.per_draft
                 speeds = {
-                    k: fixed(recorder.chains, k, *costs) for k in range(args.draft_tokens + 1)
+                    k: speed_with(recorder.chains, k, *costs) for k in range(args.draft_tokens + 1)
                 }
-                speed_below = {p: early(recorder.chains, p, *costs) for p in THRESHOLDS}
-                k, threshold = (
-                    max(speeds, key=speeds.__getitem__),
-                    max(speed_below, key=speed_below.__getitem__),
-                )
+                speeds_below = {p: speed_below(recorder.chains, p, *costs) for p in THRESHOLDS}
+                k = max(speeds, key=speeds.__getitem__)
+                threshold = max(speeds_below, key=speeds_below.__getitem__)
                 print(
                     f"{text}, d {d}: {speeds[k]:.2f} with {k}, "
-                    f"{speed_below[threshold]:.2f} below {threshold}"
+                    f"{speeds_below[threshold]:.2f} below {threshold}"
                 )
     if args.out is not None:
         date = datetime.now(UTC).date().isoformat()

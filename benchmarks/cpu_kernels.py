@@ -1,9 +1,9 @@
-"""Times the CPU kernels without the engine: the parts of a token's time, and the cost of more rows.
+"""Times the CPU kernels without the engine: the parts of a step's time, and the cost of more rows.
 
 The matrix products of a whole SmolLM2-135M run in the order of a decode step, so that each weight
 comes from memory as it does there, with one row and with the rows of verification. The kernels
-are called as the decoder calls them. Attention runs separately, since its keys and values stay in
-the processor's cache at this size.
+are called as the decoder calls them. Attention is timed separately, since its keys and values stay
+in the processor's cache at this size.
 
     python benchmarks/cpu_kernels.py --out benchmarks/results/cpu-kernels.json
 
@@ -42,7 +42,7 @@ BLOCKS = (gguf.Q4_0, gguf.Q4_1, gguf.Q8_0, gguf.MXFP4, gguf.IQ4_NL, gguf.Q4_K, g
 
 ROWS = (1, 2, 3, 5, 9)
 
-Product = tuple[str, LinearKernel, list[Tensor]]
+MatrixProduct = tuple[str, LinearKernel, list[Tensor]]
 """A matrix product: its name, its kernel and its packed weight."""
 
 
@@ -66,8 +66,8 @@ def main() -> None:
         "attention": {},
     }
     with torch.inference_mode():
-        models = {scheme: products(*schemes_of(scheme)) for scheme in SCHEMES}
-        models |= {blocks.type: products(blocks, blocks) for blocks in BLOCKS}
+        models = {scheme: matrix_products(*schemes_of(scheme)) for scheme in SCHEMES}
+        models |= {blocks.type: matrix_products(blocks, blocks) for blocks in BLOCKS}
         move_to_huge_pages(t for model in models.values() for _, _, weight in model for t in weight)
         times: dict[tuple[str, int], list[list[float]]] = {}
         for _ in range(args.passes):  # schemes and rows alternate, so that slow phases affect all
@@ -97,10 +97,10 @@ def random_weight(form: Scheme | gguf.Blocks, n: int, k: int) -> Tensor | QTenso
     return blocks.decode({gguf.BLOCKS: stored}, (n, k))
 
 
-def products(body: Scheme | gguf.Blocks, head: Scheme | gguf.Blocks) -> list[Product]:
+def matrix_products(body: Scheme | gguf.Blocks, head: Scheme | gguf.Blocks) -> list[MatrixProduct]:
     """Makes every matrix product of a step, in order, with random weights."""
     shapes = [(name, shape, body) for _ in range(LAYERS) for name, shape in SHAPES.items()]
-    made: list[Product] = []
+    made: list[MatrixProduct] = []
     for name, (n, k), form in [*shapes, ("head", HEAD, head)]:
         weight = random_weight(form, n, k)
         kernel, _ = choose_linear(
@@ -116,7 +116,7 @@ def products(body: Scheme | gguf.Blocks, head: Scheme | gguf.Blocks) -> list[Pro
     return made
 
 
-def one_pass(model: list[Product], rows: int) -> list[float]:
+def one_pass(model: list[MatrixProduct], rows: int) -> list[float]:
     """Times the matrix products of a step; returns the seconds of each."""
     widths = {name: k for name, (_, k) in {**SHAPES, "head": HEAD}.items()}
     x = {name: torch.randn(rows, k, dtype=torch.bfloat16) for name, k in widths.items()}
@@ -129,33 +129,33 @@ def one_pass(model: list[Product], rows: int) -> list[float]:
 
 
 def report(
-    scheme: str, model: list[Product], times: dict[tuple[str, int], list[list[float]]]
+    scheme: str, model: list[MatrixProduct], times: dict[tuple[str, int], list[list[float]]]
 ) -> dict[str, Any]:
     calls = {name: sum(other == name for other, _, _ in model) for name in (*SHAPES, "head")}
     nbytes = {name: sum(t.nbytes for t in weight) for name, _, weight in model}
     names = [name for name, _, _ in model]
 
-    def of(name: str, seconds: list[float]) -> float:
+    def total(name: str, seconds: list[float]) -> float:
         return sum(s for other, s in zip(names, seconds, strict=True) if other == name)
 
     one_row = {
-        name: statistics.median(of(name, p) for p in times[scheme, 1]) / n
+        name: statistics.median(total(name, p) for p in times[scheme, 1]) / n
         for name, n in calls.items()
     }
     steps = {rows: statistics.median(map(sum, times[scheme, rows])) for rows in ROWS}
-    least = sum(map(min, zip(*times[scheme, 1], strict=True)))
+    sum_of_minima = sum(map(min, zip(*times[scheme, 1], strict=True)))
     print(scheme)
     for name, seconds in one_row.items():
         rate = nbytes[name] / seconds / 1e9
         print(f"  {name:8} {1e6 * seconds:7.1f} us x {calls[name]:2}   {rate:5.1f} GB/s")
     ratios = "  ".join(f"{rows}: {steps[rows] / steps[1]:.2f}" for rows in ROWS)
-    line = f"  together {1e3 * steps[1]:.2f} ms, at least {1e3 * least:.2f}"
+    line = f"  together {1e3 * steps[1]:.2f} ms, at least {1e3 * sum_of_minima:.2f}"
     print(f"{line};  t(M)/t(1) {ratios}", flush=True)
     return {
         "us_per_call": {name: 1e6 * seconds for name, seconds in one_row.items()},
         "calls": calls,
         "bytes_per_call": nbytes,
-        "least_ms_per_step": 1e3 * least,
+        "least_ms_per_step": 1e3 * sum_of_minima,
         "ms_per_step_by_rows": {rows: 1e3 * seconds for rows, seconds in steps.items()},
     }
 

@@ -1,8 +1,9 @@
-"""Compares all-reduce backends of several ranks on one CPU, which decode in alternation.
+"""Compares all-reduce backends of several ranks on one CPU.
 
-Every engine is loaded once and waits; in a round each decodes the same tokens. So slow phases of
-the machine affect all alike. The load of the machine is recorded with each round: the number of
-threads that run or wait for a processor, averaged by Linux over a minute.
+The engines take turns: every one is loaded once and waits, and in a round each decodes the same
+tokens. So slow phases of the machine affect all alike. The load of the machine is recorded with
+each round: the number of threads that run or wait for a processor, averaged by Linux over a
+minute.
 
     python benchmarks/cpu_ranks.py --out benchmarks/results/cpu-ranks-2-core-x86_64.json
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     engines = {
-        name: LLM(args.model, quant=args.quant, execution=args.execution, **ranks(name))
+        name: LLM(args.model, quant=args.quant, execution=args.execution, **rank_options(name))
         for name in args.engines
     }
     params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True)
@@ -76,8 +77,8 @@ def main() -> None:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def ranks(name: str) -> dict[str, Any]:
-    """Returns the options of an engine."""
+def rank_options(name: str) -> dict[str, Any]:
+    """Returns the options of ``LLM`` for an engine's name."""
     n, _, backend = name.partition("-")
     return {"tensor_parallel": int(n)} | ({"all_reduce": backend} if backend else {})
 

@@ -1,14 +1,15 @@
 """Simulates the draft controller on texts and costs, and compares it with the best fixed choice.
 
-A text is, for each drafter, whether its draft of each token is right; the tokens never depend on
-drafts, so that every choice sees the same text. Texts are stationary, or switch between good and
-bad stretches, or are those that ``chains.py`` recorded. Costs are in plain steps, as measured on
-two CPU cores and on an H200, with noise. As in an engine, a step is chosen before the one
-before it is observed, and the first steps answer a short prompt of no meaning.
+A simulated text has no tokens: for each drafter, it says of each position whether the draft is
+right.  Drafts never change the tokens of an engine, so every choice meets the same text. Texts
+are stationary, or switch between good and bad stretches, or are those that ``chains.py``
+recorded. Costs are in units of a plain step, as measured on two CPU cores and on an H200, with
+noise. As in an engine, a step is chosen before the result of the step before it is known, and the
+controller has warmed up on another text.
 
 For each text and costs it prints the speed, relative to plain steps, of the best fixed number of
-drafts, and of the controller in the first answer of an engine and in later ones, as a mean and the
-worst over engines; nothing depends on the machine.
+drafts, and of the controller in the first answer of an engine and in later ones: the mean over
+engines, and the lowest. The results do not depend on the machine.
 
     python benchmarks/draft_control.py --chains benchmarks/results/NAME.json
 """
@@ -36,21 +37,21 @@ Text = Callable[[Random, int], Drafts]
 """Makes the drafts of n tokens."""
 
 SURE = 0.99
-"""The probability of drafts that are surely right; others share the rest of a text's rate."""
+"""The drafter's probability of the drafts that are nearly certain; see ``_draft``."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of steps.
+    """Costs of steps. Those in plain steps are multiples of the time of a plain step.
 
     Attributes:
         plain_s: Time of a plain step.
         draft: The cost of a draft in plain steps, for each drafter.
         verify: The cost of verifying k drafts, in plain steps.
         noise: The standard deviation of the logarithm of a step's time.
-        cold: Times of the first step of its kind, relative to the others.
-        n_steps: Plain steps of a program; half as many are one with drafts.
-        whole: Draft positions are verified whether drafts were made or not, as in CUDA graphs.
+        cold: The time of the first step of its kind, relative to later ones.
+        n_steps: The plain steps that one program runs; it runs half as many steps with drafts.
+        verifies_all: Positions without a draft are verified too, as in CUDA graphs.
         drift: The standard deviation of the logarithm of the machine's speed, which keeps changing
             over some ``DRIFT_STEPS`` plain steps; speeds are relative to plain steps at the time.
     """
@@ -61,7 +62,7 @@ class Costs:
     noise: float
     cold: float = 1.0
     n_steps: int = 1
-    whole: bool = False
+    verifies_all: bool = False
     drift: float = 0.0
 
     @property
@@ -70,12 +71,12 @@ class Costs:
         delays = 1 + DELAYED if self.noise > 0.01 else 1.0
         return self.plain_s * math.exp(self.noise**2 / 2) * delays
 
-    def of(self, drafter: int, k: int, n_made: int | None = None) -> float:
+    def time_of(self, drafter: int, k: int, n_made: int | None = None) -> float:
         """Returns the time of a step with up to k drafts, in plain steps."""
         n_made = k if n_made is None else n_made
         if n_made == 0:
             return 1.0
-        return self.draft[drafter] * n_made + self.verify[k if self.whole else n_made]
+        return self.draft[drafter] * n_made + self.verify[k if self.verifies_all else n_made]
 
 
 DELAYED = 0.02
@@ -88,27 +89,33 @@ CPU = {1: 1.04, 2: 0.95, 3: 1.2, 4: 1.45}
 CPU_INT8 = {1: 1.06, 2: 1.15, 3: 1.32, 4: 1.5}
 COSTS = {
     "cpu none": Costs(0.0125, (0.43,), CPU, 0.06, 1.5),
-    "cpu int8": Costs(0.0125, (0.55,), {1: 1.06, 2: 1.15, 3: 1.32, 4: 1.5}, 0.06, cold=1.5),
+    "cpu int8": Costs(0.0125, (0.55,), CPU_INT8, 0.06, cold=1.5),
     "cpu int8 measured": Costs(
         0.0069, (0.78,), {1: 1.12, 2: 1.3, 3: 1.45, 4: 1.6}, 0.06, 1.5, drift=0.08
     ),
     "cpu none drifts": Costs(0.0125, (0.43,), CPU, 0.06, 1.5, drift=0.08),
-    "h200 13b none": Costs(0.0060, (0.36,), {1: 1.02, 2: 1.04, 4: 1.06, 7: 1.1}, 0.004, whole=True),
+    "h200 13b none": Costs(
+        0.0060, (0.36,), {1: 1.02, 2: 1.04, 4: 1.06, 7: 1.1}, 0.004, verifies_all=True
+    ),
     "h200 8b int8": Costs(
-        0.0021, (0.68,), {1: 1.075, 2: 1.13, 4: 1.17, 7: 1.22}, 0.004, n_steps=4, whole=True
+        0.0021, (0.68,), {1: 1.075, 2: 1.13, 4: 1.17, 7: 1.22}, 0.004, n_steps=4, verifies_all=True
     ),
     "h200 70b int8": Costs(
-        0.0172, (0.58,), {1: 1.056, 2: 1.063, 4: 1.08, 7: 1.12}, 0.004, whole=True
+        0.0172, (0.58,), {1: 1.056, 2: 1.063, 4: 1.08, 7: 1.12}, 0.004, verifies_all=True
     ),
 }
 
 
 def stationary(p: float) -> Text:
-    """Makes a text whose drafts are right with probability ``p``, and the drafter knows which."""
+    """Makes a text whose drafts are right with probability ``p``."""
     return lambda random, n: [_draft(random, p) for _ in range(n)]
 
 
 def _draft(random: Random, p: float) -> tuple[bool, float]:
+    """Draws whether a draft is right, with probability ``p``, and the drafter's probability of it.
+
+    The share p * p of drafts is nearly certain, and the drafter's probabilities are calibrated.
+    """
     probability = SURE if random.random() < p * p else (p - SURE * p * p) / (1 - p * p)
     return random.random() < probability, probability
 
@@ -148,7 +155,18 @@ class Request:
 
 @dataclass
 class Engine:
-    """A simulated engine, whose steps take given times."""
+    """A simulated engine, whose steps take the given times.
+
+    Attributes:
+        controller: The ``DraftController``.
+        costs: The costs of its steps.
+        random: The source of noise.
+        found: For each drafter, the probability that it finds a draft.
+        ran: The kinds of steps that have run: drafter, number of drafts.
+        n_plain: Plain steps so far.
+        n_all: Steps so far.
+        slowness: The logarithm of the current time of a plain step, relative to its usual time.
+    """
 
     controller: Any
     costs: Costs
@@ -160,7 +178,7 @@ class Engine:
     slowness: float = 0.0
 
     def answer(self, n: int, texts: Sequence[Sequence[Text]]) -> float:
-        """Answers requests with n tokens each, and returns the time in plain steps.
+        """Answers requests with n tokens each; returns the time relative to plain steps.
 
         Args:
             n: Tokens of each.
@@ -187,9 +205,9 @@ class Engine:
                 if k and self.random.random() >= self.found[choice.drafter]:
                     k = 0
                 kept, n_made = {}, 0
-                for request, right in requests.items():
+                for request, texts_of in requests.items():
                     i, accepted = at[request], 0
-                    drafts = right[choice.drafter][i : i + k]
+                    drafts = texts_of[choice.drafter][i : i + k]
                     made = length(drafts, choice.min_probability)
                     n_made = max(n_made, made)
                     while accepted < made and drafts[accepted][0]:
@@ -209,14 +227,15 @@ class Engine:
                 self.n_plain += n_steps * (n_made == 0)
                 program_s += step_s * n_steps / n_results
                 lengths.append(n_made)
-                results.append((k if self.costs.whole else n_made, kept, n_made))
+                results.append((k if self.costs.verifies_all else n_made, kept, n_made))
             times: StepTimes | None = StepTimes(model_s=program_s)
             if first and self.costs.cold == 1.0:
-                times = None  # it was captured
+                times = None  # its graph was captured, so no time was measured
             for k, kept, n_made in results:
-                shown = {"choice": choice, "times": times, "kept": kept, "steps": n_steps}
-                shown |= {"n_made": n_made, "mean_made": statistics.fmean(lengths)}
-                late.append(functools.partial(self.controller.observe, len(requests), k, **shown))
+                observed = {"choice": choice, "times": times, "kept": kept, "steps": n_steps}
+                observed |= {"n_made": n_made, "mean_made": statistics.fmean(lengths)}
+                observe = functools.partial(self.controller.observe, len(requests), k, **observed)
+                late.append(observe)
         for observe in late:
             observe()
         return seconds / plain_s
@@ -232,7 +251,7 @@ class Engine:
         factor = math.exp(self.random.gauss(0.0, noise) + self.slowness)
         if noise > 0.01 and self.random.random() < DELAYED:
             factor *= 2.0
-        return self.costs.plain_s * self.costs.of(drafter, k, n_made) * factor
+        return self.costs.plain_s * self.costs.time_of(drafter, k, n_made) * factor
 
 
 def length(drafts: Drafts, min_probability: float) -> int:
@@ -246,7 +265,7 @@ def length(drafts: Drafts, min_probability: float) -> int:
 
 
 def best_fixed(costs: Costs, texts: Sequence[Text], found: Sequence[float]) -> tuple[float, int]:
-    """Returns the speed relative to plain steps of the best fixed choice, and its drafts."""
+    """Returns the speed of the best fixed choice, relative to plain steps, and its k."""
     random, best = Random(99), (1.0, 0)
     for drafter, text in enumerate(texts):
         right = text(random, 20_000)
@@ -259,7 +278,7 @@ def best_fixed(costs: Costs, texts: Sequence[Text], found: Sequence[float]) -> t
                 accepted = 0
                 while accepted < k and right[i + accepted][0]:
                     accepted += 1
-                i, seconds = i + accepted + 1, seconds + costs.of(drafter, k)
+                i, seconds = i + accepted + 1, seconds + costs.time_of(drafter, k)
             best = max(best, (i / seconds, k))
     return best
 
@@ -297,9 +316,9 @@ def cases(chains: Path | None) -> Iterator[tuple[str, Text]]:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints a line for each text and costs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--chains", type=Path, help="what chains.py recorded")
+    parser.add_argument("--chains", type=Path, help="a file of chains.py, whose texts are added")
     parser.add_argument("--costs", nargs="+", choices=list(COSTS), default=list(COSTS))
     parser.add_argument("--engines", type=int, default=24)
     parser.add_argument("--rows", type=int, default=1)
@@ -323,7 +342,7 @@ def main() -> None:
 
 
 def mean(speeds: Sequence[float]) -> str:
-    """Returns the mean and the least speed."""
+    """Formats the mean and the lowest speed."""
     return f"{statistics.mean(speeds):.3f} ({min(speeds):.2f})"
 
 

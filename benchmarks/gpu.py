@@ -5,12 +5,13 @@
 Every part runs in a process of its own with a time limit. Parts that fail or take too long are
 named at the end. Results of an earlier run under ``--out`` remain in the tables.
 
-    speed     ``hotloop sweep`` with random weights: batch 1, greedy, 200 new tokens after 5
-    kernels   whole steps without the engine, parts of them, and every matrix product alone
+    speed     ``hotloop sweep`` with random weights: batch 1, greedy, prompts of 5 tokens, 200 new
+              tokens
+    kernels   whole steps without the engine, their parts, and every matrix product by itself
               (``kernels_cuda.py``)
-    rows      the time of a step over 8 positions, relative to one position
+    rows      the time of a step that verifies 8 positions, relative to one position
     context   tokens per second and MBU after prompts of 4,000 and 32,000 tokens
-    prompt    time to the first token after 5 to 8,192
+    prompt    time to the first token, with prompts of 5 to 8,192 tokens
     sampling  the cost of top-k and top-p relative to greedy decoding
 
 Takes some four minutes with ``--executions fused``, and half an hour with all of them.
@@ -45,8 +46,9 @@ SCHEMES = {
 }
 WORKLOAD = ("--prompt-tokens", "5", "--new-tokens", "200")
 REPEATS = {"fused": 5, "compile": 3, "eager": 2}
-"""eager takes up to a quarter of a second for a token."""
+"""Repeats by execution mode; eager takes up to a quarter of a second for a token."""
 CELL_S = 200
+"""The time limit of a cell, a probe, or half of ``kernels``, in seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -249,7 +251,7 @@ def rows() -> dict[str, Any]:
         ("llama-3.1-8b", "int8"),
     ):  # fmt: skip
         llm = engine(shape, quant, draft="ngram", draft_tokens=7, draft_policy="always")
-        eight = step_ms(llm, ids=[5, 6, 7] * 4)  # what repeats has drafts
+        eight = step_ms(llm, ids=[5, 6, 7] * 4)  # the n-gram drafter needs a repetition
         plain = engine(shape, quant)
         one = step_ms(plain, ids=[5, 6, 7] * 4)
         result["samples"][f"{shape}, {quant}"] = {"one_ms": one, "eight_ms": eight}
@@ -287,9 +289,9 @@ def prompt() -> dict[str, Any]:
         for n in PROMPTS[shape]:
             ids = [2 + i % 1000 for i in range(n)]
             samples = [answer(llm, ids, 4).timing.ttft_s for _ in range(11)]
-            of = f"{shape}, {quant}, {n}-token prompt"
-            result["figures"][of] = 1e3 * median(samples[1:])
-            result["ttft_s"][of] = samples  # the first is of the first prompt of that length
+            case = f"{shape}, {quant}, {n}-token prompt"
+            result["figures"][case] = 1e3 * median(samples[1:])
+            result["ttft_s"][case] = samples  # the first one warmed up this length
         llm.close()
     return result
 
@@ -332,6 +334,7 @@ def step_ms(llm: LLM, ids: list[int]) -> list[float]:
 
 
 def median(samples: Iterable[float]) -> float:
+    """Returns the median; of an even number of samples, the upper one of the middle two."""
     ordered = sorted(samples)
     return ordered[len(ordered) // 2]
 

@@ -5,14 +5,15 @@
 Every section runs in a process of its own with a time limit, so that one that fails or hangs does
 not stop the others. Each writes a JSON file under ``--out``.
 
-    check      every kernel against float64; with and without dependent launch, bit for bit
-    tune       the best tuning of each projection, one after the other, within a decode step
-    stack      whole decode steps of a model with random weights in one CUDA graph, and parts
-    formats    the same in the packed formats of other tools' checkpoints
-    linear     each projection alone, over weights that do not fit the caches
-    rows       9 to 64 rows: their bits, whole steps, and projections by every tuning
+    check      every kernel against float64, and with against without programmatic dependent launch,
+               bit for bit
+    tune       the best tuning of each projection within a decode step, one projection after another
+    stack      decode steps of a model with random weights in one CUDA graph: whole, and parts
+    formats    whole decode steps in the packed formats of other tools' checkpoints
+    linear     each projection by itself, over more weights than the GPU's caches hold
+    rows       9 to 64 rows: equal bits, whole steps, and each projection by several tunings
     attention  attention over short and long histories
-    sample     sampling against PyTorch's kernels: equal tokens, and time
+    sample     sampling against PyTorch: equal tokens, and time
 
 Needs torch with CUDA and cuda-bindings; nothing else.
 """
@@ -90,14 +91,15 @@ SECTIONS = {
 """Time limit of each section, in seconds."""
 
 CUDA = torch.device("cuda")
-BEYOND_CACHES = 300_000_000  # bytes
+BEYOND_CACHES = 300_000_000
+"""Bytes that do not fit the GPU's caches."""
 
 FORMATS: dict[str, dict[str, Any]] = {
     "awq-g128": {"kind": "int4", "group_size": 128, "scale": "f16", "zero": "integer"},
     "int8-g128": {"kind": "int8", "group_size": 128},
     **KINDS,
 }
-"""Packed formats by name: what ``Format`` takes beside shapes."""
+"""Packed formats by name: the arguments of ``Format`` besides shapes."""
 
 FORMATS_LIKE = {
     "int4-g128": (
@@ -146,7 +148,7 @@ def main() -> None:
 
 
 class Section:
-    """One section: its clock, its results, the device."""
+    """A running section: its time limit, its results, and the device."""
 
     def __init__(self, name: str, out: Path, limit_s: float) -> None:
         self.name, self.out = name, out
@@ -200,7 +202,7 @@ class Section:
         return torch.Generator(self.device.device).manual_seed(seed)
 
 
-# Are they right?
+# Correctness.
 
 
 def check_section(section: Section) -> None:
@@ -417,7 +419,7 @@ def model(name: str) -> dict[str, int]:
 
 
 def products_of(name: str) -> dict[Projection, tuple[int, int, Epilogue, bool]]:
-    """Projection: N, K, epilogue, with a norm or a residual."""
+    """Returns N, K and the epilogue of each projection, and whether a norm comes before it."""
     m = model(name)
     q, kv = m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]
     return {
@@ -436,7 +438,12 @@ def make_format(kind: str, n: int, k: int, epilogue: Epilogue) -> Format:
 
 
 def random_packed(form: Format) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Makes random bytes of a weight that about preserves the size of activations; and the rest."""
+    """Makes a random weight that roughly preserves the size of activations.
+
+    Returns:
+        The packed bytes, the scales of output features, and the permutation of input features; None
+        for those that the format lacks.
+    """
     std = form.k**-0.5
     if form.kind == "bf16":
         values = torch.empty(form.nbytes // 2, dtype=torch.bfloat16, device=CUDA).normal_(0, std)
@@ -569,7 +576,7 @@ class DecodeStep:
         work = workspace(attention, *plans.values())
         added = {"residual": self.x, "norm_epilogue": norm_epilogue}
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
-        turns = (angles.cos(), angles.sin())
+        rope = (angles.cos(), angles.sin())
         x, seats = self.x, torch.arange(attention.batch, device=CUDA)
         calls = [step.embed(self.ids, self.table, None, x, norm_epilogue)]
         afters = [*self.weights[1:], None]
@@ -585,7 +592,7 @@ class DecodeStep:
             if "attention" in self.parts:
                 calls.append(
                     attention.call(
-                        qkv, attended, keys, values, seats, self.positions, *turns, **work
+                        qkv, attended, keys, values, seats, self.positions, *rope, **work
                     )
                 )
             for role, x_MK, y, options in (
@@ -632,7 +639,7 @@ PARTS = {
     "attention": ("products", "attention"),
     "step": ("products", "attention", "ends"),
 }
-"""Parts of a step that are timed: projections; with attention; with embedding and head too."""
+"""The parts of a step that are timed: projections; also attention; also embedding and head."""
 
 
 def stack_section(section: Section) -> None:
@@ -689,7 +696,7 @@ def stack_section(section: Section) -> None:
 
 
 def formats_section(section: Section) -> None:
-    """Times steps of one row in each of ``FORMATS_LIKE``, next to the scheme that it is like."""
+    """Times steps of one row in each of ``FORMATS_LIKE``, beside the scheme with as many bits."""
     bandwidth = section.bandwidth()
     for name in ("llama-2-13b", "llama-3.1-8b"):
         for scheme, others in FORMATS_LIKE.items():
@@ -772,10 +779,10 @@ class Product:
         dtype = torch.float32 if self.epilogue == "logits" else torch.bfloat16
         y = torch.zeros(rows, plan.width, dtype=dtype, device=CUDA)
         settings: dict[str, Any] = workspace(plan)
-        taken: Tensor | PrescaledInput = x
+        x_or_prescaled: Tensor | PrescaledInput = x
         if self.norm:
-            taken = PrescaledInput.empty(rows, self.form.k, 1e-5, CUDA)
-            taken.squares.fill_(1.0)
+            x_or_prescaled = PrescaledInput.empty(rows, self.form.k, 1e-5, CUDA)
+            x_or_prescaled.squares.fill_(1.0)
         if self.has_residual:
             ones = torch.ones(self.form.n, dtype=torch.bfloat16, device=CUDA)
             prescaled = PrescaledInput.empty(rows, self.form.n, 1e-5, CUDA)
@@ -784,7 +791,7 @@ class Product:
         launches = [
             device.prepare(call, dependent=dependent)
             for weight in self.weights
-            for call in calls_of(plan, taken, y, *weight, **settings)
+            for call in calls_of(plan, x_or_prescaled, y, *weight, **settings)
         ]
         return graph_seconds(capture(launches), min_seconds=0.006) / self.n_weights
 
@@ -794,7 +801,7 @@ RINGS = tuple(kilobytes * 1024 for kilobytes in (48, 64, 96, 128, 160))
 
 
 def tune_section(section: Section) -> None:
-    """Tunes each projection within a step: gains of a kernel alone can slow others down."""
+    """Tunes each projection within a step, where a faster kernel can slow others down."""
     for name, kind in (
         ("llama-2-13b", "int4-g128"), ("llama-3.1-8b", "int4-g128"), ("llama-2-13b", "int8"),
         ("llama-2-70b", "int4-g128"), ("llama-2-13b", "bf16"), ("llama-3.1-8b", "int8"),
@@ -817,7 +824,11 @@ def tune_section(section: Section) -> None:
 
 
 def tune(section: Section, decode: DecodeStep) -> tuple[dict[str, Tuning], list[dict[str, Any]]]:
-    """The best tuning of each role: one role after the other, the others as they are."""
+    """Finds the best tuning of each projection: varies one at a time, and keeps what is faster.
+
+    Returns:
+        The tunings, and the time of each that was tried.
+    """
     tried: list[dict[str, Any]] = []
 
     def timed(plans: dict[str, LinearPlan]) -> float:
@@ -902,7 +913,7 @@ def rows_section(section: Section) -> None:
 
 
 def check_rows(section: Section) -> None:
-    """Checks against float64, and that a row has the bits that ``linear.cu`` gives it alone."""
+    """Checks against float64, and that one row among many has the bits of a row alone."""
     ones, many, others = [], [], []
     for name in KINDS:
         cases = rows_cases(section, name)
@@ -931,7 +942,7 @@ def check_rows(section: Section) -> None:
 
 
 def rows_cases(section: Section, name: str) -> tuple[Case, list[Case], list[Case]]:
-    """Makes one row by ``linear.cu``; the same among many; other epilogues of many."""
+    """Makes the cases of a format: one row by ``linear.cu``, it among many, and other epilogues."""
     generator = section.generator(len(name))
     weight = make_weight(name, 333, 1152, generator)
     paired = make_weight(name, 344, 1152, generator, paired=True)
@@ -1018,11 +1029,11 @@ def time_projections_of_rows(
             return
         product = Product(section, name, kind, role)
         us = {way: product.seconds_of(plan) * 1e6 for way, plan in ways.items()}
-        least = product.form.nbytes / bandwidth * 1e6
+        limit_us = product.form.nbytes / bandwidth * 1e6
         section.add(
-            f"{name:13} {kind:10} {role:8} M={rows:<2} bytes {least:6.1f} us  "
+            f"{name:13} {kind:10} {role:8} M={rows:<2} bytes {limit_us:6.1f} us  "
             + "  ".join(f"{way} {value:6.1f}" for way, value in us.items()),
-            model=name, kind=kind, role=role, rows=rows, us=us, least_us=least,
+            model=name, kind=kind, role=role, rows=rows, us=us, least_us=limit_us,
         )  # fmt: skip
         product = None
         torch.cuda.empty_cache()
@@ -1067,7 +1078,7 @@ def attention_section(section: Section) -> None:
 def attention_seconds(
     section: Section, m: dict[str, int], batch: int, context: int, tuning: AttentionTuning
 ) -> tuple[float, int]:
-    """Returns seconds and bytes of one launch, over more KV caches than the GPU's caches hold."""
+    """Returns the seconds and bytes of a launch, over KV caches too large for the GPU's caches."""
     H, J, E, C = m["n_heads"], m["n_kv_heads"], m["head_dim"], context + 16
     plan = AttentionPlan(
         batch=batch, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, tuning=tuning,
@@ -1076,7 +1087,7 @@ def attention_seconds(
     n = max(6, min(40, -(-BEYOND_CACHES // nbytes)))
     qkv = torch.randn(batch, (H + 2 * J) * E, device=CUDA).bfloat16()
     out = torch.empty(batch, H * E, dtype=torch.bfloat16, device=CUDA)
-    turns = (torch.ones(C, E, device=CUDA), torch.zeros(C, E, device=CUDA))
+    rope = (torch.ones(C, E, device=CUDA), torch.zeros(C, E, device=CUDA))
     positions = torch.full((batch,), context, device=CUDA)
     seats = torch.arange(batch, device=CUDA)
     work = {
@@ -1086,7 +1097,7 @@ def attention_seconds(
     launches = []
     for _ in range(n):
         caches = [torch.zeros(batch, J, C, E, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
-        call = plan.call(qkv, out, *caches, seats, positions, *turns, **work)
+        call = plan.call(qkv, out, *caches, seats, positions, *rope, **work)
         launches.append(section.device.prepare(call))
     seconds = graph_seconds(capture(launches), min_seconds=0.01) / n
     return seconds, nbytes
@@ -1138,7 +1149,7 @@ def sample_section(section: Section) -> None:
 def drawing(
     scores: Tensor, params: SamplingParams, launcher: Device | None
 ) -> Callable[[Tensor], Tensor]:
-    """Draws at given positions, by the kernel or without a launcher by PyTorch."""
+    """Returns a function that samples at given positions: by the kernel, or by PyTorch if None."""
     rows, _, vocab = scores.shape
     sampler, no_ids = Sampler(rows, vocab, CUDA, launcher=launcher), torch.zeros(0, device=CUDA)
     for row in range(rows):

@@ -3,16 +3,16 @@
     PYTHONPATH=src:tests:tests/weights python benchmarks/load_memory.py [--layers 16]
         [--device cpu] [--cases none awq Q4_K] [--out FOLDER]
 
-On a CPU the peak must not exceed the model as it is held and three of its largest tensors in
-bfloat16; on a GPU it includes graphs and workspace, and is only reported. A checkpoint of random
-weights is written to a temporary folder for each case: an unquantized one for each of hotloop's
-schemes, which quantizes it as it loads, and one in each encoding of
+On a CPU the peak must not exceed the size of the loaded model plus three of its largest
+tensors in bfloat16. On a GPU the peak includes graphs and workspace, and is only reported. A
+checkpoint of random weights is written to a temporary folder for each case: an unquantized
+one for each of hotloop's schemes, which quantizes it as it loads, and one in each encoding of
 ``tests/weights/every_encoding.py``, which is kept as it is stored. All layers are copies of one.
-The vocabulary is tiny, so that the embedding does not dominate the peak. Each case is loaded in a
-process of its own, from files that were just written: GB/s are of decoding and packing, with reads
-from the page cache. On a CPU it is loaded in two: one is timed, and the peak is that of the other,
-in which ``malloc`` returns what is freed, as in ``tests/weights/loading_peaks.py``. It keeps some
-tens of MB otherwise, and is faster for it.
+The vocabulary is tiny, so that the embedding does not dominate the peak. Each case is loaded in
+a process of its own, from files that were just written and are in the page cache. So GB/s show
+decoding and packing, not the disk. On a CPU it is loaded in two processes: one is timed, and the
+peak is that of the other, in which ``malloc`` returns freed memory to the system at once, as in
+``tests/weights/loading_peaks.py``. By default ``malloc`` keeps some tens of MB, which is faster.
 
 Prints one JSON line per case, and writes them to OUT/load_memory-KIND.json.
 """
@@ -52,9 +52,10 @@ SHAPE = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-MEMORY = ("peak_bytes", "largest_tensors_above_model", "within_bound")
+PEAK_KEYS = ("peak_bytes", "largest_tensors_above_model", "within_bound")
+"""Keys of a row that the second process of a case measures."""
 SCHEMES = ("none", "int8", "fp8", "int4-g128")
-_OF_FIRST = re.compile(r"(model\.layers|blk)\.0\.")
+_FIRST_LAYER = re.compile(r"(model\.layers|blk)\.0\.")
 
 
 def write_safetensors(folder: Path, case: str, n_layers: int) -> Path:
@@ -71,10 +72,11 @@ def write_safetensors(folder: Path, case: str, n_layers: int) -> Path:
     with safe_open(one / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     (one / "model.safetensors").unlink()
-    layer = {name: t for name, t in tensors.items() if _OF_FIRST.match(name)}
+    layer = {name: t for name, t in tensors.items() if _FIRST_LAYER.match(name)}
     shards = [{name: t for name, t in tensors.items() if name not in layer}]
     shards += [
-        {_OF_FIRST.sub(rf"\1.{i}.", name): t for name, t in layer.items()} for i in range(n_layers)
+        {_FIRST_LAYER.sub(rf"\1.{i}.", name): t for name, t in layer.items()}
+        for i in range(n_layers)
     ]
     where = {}
     for i, shard in enumerate(shards):
@@ -94,14 +96,16 @@ def write_gguf(folder: Path, case: str, n_layers: int) -> Path:
 
     random_tensors = whole_models.random_tensors
 
-    def alike(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    def copied_layers(
+        config: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+    ) -> dict[str, Tensor]:
         tensors = random_tensors(config | {"num_hidden_layers": 1}, dtype)
-        for name in [name for name in tensors if _OF_FIRST.match(name)]:
-            copies = (_OF_FIRST.sub(rf"\1.{i}.", name) for i in range(1, n_layers))
+        for name in [name for name in tensors if _FIRST_LAYER.match(name)]:
+            copies = (_FIRST_LAYER.sub(rf"\1.{i}.", name) for i in range(1, n_layers))
             tensors |= dict.fromkeys(copies, tensors[name])
         return tensors
 
-    whole_models.random_tensors = alike
+    whole_models.random_tensors = copied_layers
     try:
         return ENCODINGS[case](folder, **SHAPE, num_hidden_layers=n_layers)
     finally:
@@ -115,7 +119,7 @@ def write(folder: Path, case: str, n_layers: int) -> Path:
 
 def measure(path: Path, case: str, device: str) -> dict[str, Any]:
     """Loads a checkpoint in this process, and reports its peak memory and time."""
-    torch.ones(256, 256, device=device) @ torch.ones(256, 256, device=device)  # set up once
+    torch.ones(256, 256, device=device) @ torch.ones(256, 256, device=device)  # initializes
     checkpoint = open_checkpoint(path)
     stored = sum(info.n_bytes for info in checkpoint.tensors.values())
     checkpoint.close()
@@ -147,10 +151,10 @@ def measure(path: Path, case: str, device: str) -> dict[str, Any]:
     return row
 
 
-def loaded(
+def load_in_process(
     command: Sequence[str], environment: Mapping[str, str], limit_s: float
 ) -> dict[str, Any]:
-    """Returns what a process that loads a case reports."""
+    """Loads a case in a process of its own, and returns the row that it prints."""
     line = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, timeout=limit_s, env=environment
     ).stdout
@@ -163,7 +167,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--limit-s", type=float, default=900, help="for one case; a hang otherwise")
+    parser.add_argument("--limit-s", type=float, default=900, help="the time limit of a case")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -188,15 +192,16 @@ def main() -> int:
             path = write(Path(scratch), case, arguments.layers)
             command = [sys.executable, __file__, "--load", str(path), "--cases", case]
             command += ["--device", arguments.device]
-            row, *of_peak = (
-                loaded(command, os.environ | variables, arguments.limit_s)
+            row, *second = (
+                load_in_process(command, os.environ | variables, arguments.limit_s)
                 for variables in (({}, ENVIRONMENT) if device.type == "cpu" else ({},))
             )
-            for other in of_peak:
-                row |= {key: other[key] for key in MEMORY}
+            for other in second:
+                row |= {key: other[key] for key in PEAK_KEYS}
         print(json.dumps(row), flush=True)
         rows.append(row)
-        text = json.dumps(result | {"rows": rows}, indent=2)  # what is measured is kept
+        # After every case, so that a later one that fails loses nothing.
+        text = json.dumps(result | {"rows": rows}, indent=2)
         (arguments.out / f"load_memory-{kind}.json").write_text(text + "\n")
     return 1 if any(row["within_bound"] is False for row in rows) else 0
 

@@ -1,4 +1,4 @@
-"""Measures how long a checkpoint takes to load, of a model's shape, with random integers as AWQ.
+"""Measures how long an AWQ checkpoint takes to load, with random integers in a model's shape.
 
     python benchmarks/loading.py --shape llama-3.1-8b --out FOLDER
 
@@ -12,11 +12,11 @@ Writes a checkpoint in AWQ's layout (4 bits, groups of 128, float16) to a tempor
     check    in one process, loads with and without the comparison of packed with unpacked numbers
              (``quant.packing_check``), in alternation, from the page cache
 
-``load_s`` are seconds until all weights are on the device, ``start_s`` those until an engine of
-one row can answer, kernels and graphs included, and GB/s are bytes of files per ``read_s``, the
-seconds of reading, decoding and packing. Each process imports torch before its clock begins.
-Kernels are built before anything is measured. ``--rehearse`` runs all of it with a tiny shape on a
-CPU.
+``load_s`` is the time in seconds until all weights are on the device, and ``start_s`` the time
+until an engine of one row can answer, kernels and graphs included. GB/s are the bytes of the
+files, divided by ``read_s``, the time to read, decode and pack them. Each process imports torch
+before its clock starts. Kernels are built before anything is measured. ``--rehearse`` runs all of
+it with a tiny shape on a CPU.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--load", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.load:
-        found = check(args) if args.load == "check" else start(args)
-        print(json.dumps(found))
+        measured = check(args) if args.load == "check" else start(args)
+        print(json.dumps(measured))
         return
     if args.rehearse:
         args.shape, args.device, args.pairs = "tiny", "cpu", min(args.pairs, 1)
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def in_process(
     args: argparse.Namespace, folder: Path, what: str, cache: dict[str, str]
 ) -> dict[str, Any]:
-    """Has a process of its own load the checkpoint, and returns what it says."""
+    """Loads the checkpoint in a process of its own, and returns the times that it prints."""
     command = [sys.executable, __file__, "--out", str(args.out), "--checkpoint", str(folder)]
     command += ["--device", args.device, "--pairs", str(args.pairs), "--load", what]
     done = subprocess.run(
@@ -169,7 +169,7 @@ def awq(n: int, k: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def plain(size: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    """Makes a norm, or an embedding or head, of which 512 rows are repeated."""
+    """Makes a norm of ones, or an embedding or head of 512 random rows, repeated."""
     if len(size) == 1:
         return {".weight": torch.ones(size, dtype=torch.float16)}
     rows = torch.randn(min(size[0], 512), size[1], generator=generator).half() / 32
@@ -177,7 +177,7 @@ def plain(size: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor
 
 
 def drop_from_page_cache(folder: Path) -> bool:
-    """Drops files from the page cache; tells whether the system can."""
+    """Drops files from the page cache; returns False if the system has no call for that."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in folder.glob("*.safetensors"):
@@ -211,7 +211,7 @@ def load(args: argparse.Namespace, **options: Any) -> dict[str, Any]:
 
 def start(args: argparse.Namespace) -> dict[str, Any]:
     """Loads once."""
-    torch.ones(1, device=args.device)  # the device is set up
+    torch.ones(1, device=args.device)  # initializes the device
     return load(args, cache_packed=args.load in ("first", "second"))
 
 
@@ -233,17 +233,17 @@ class Unchecked:
         pass
 
     def record(self, chunk: Any) -> Any:
-        """Returns the rows."""
+        """Returns the rows, which are not recorded."""
         return chunk
 
     def compare(self, packed: Sequence[Tensor]) -> Tensor:
-        """Returns that the bytes are right."""
+        """Returns True: the bytes count as right."""
         return torch.ones((), dtype=torch.bool, device=packed[0].device)
 
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Leaves out the check in a ``with`` block."""
+    """Loads without the check within the block."""
     kept, linear.PackingCheck = linear.PackingCheck, Unchecked
     try:
         yield

@@ -2,15 +2,15 @@
 
     python benchmarks/multi_gpu.py --out benchmarks/results/multi-gpu --docs docs/performance.md
 
-Sections, each in a process of its own, of items that each have a limit:
+Each section runs in a process of its own, and consists of items that have time limits:
 
-    correct  greedy tokens of several ranks against one rank's, in float32 and bfloat16, also of
-             SmolLM2 if it is pulled; drafts with several ranks; collectives alone (by pytest)
-    kill     a rank that is killed while generating ends the run, without processes left (by pytest)
+    correct  tests (pytest): greedy tokens of several ranks equal one rank's, in float32 and
+             bfloat16, also of SmolLM2 if it is pulled; drafts with several ranks; collectives
+    kill     tests (pytest): if a rank is killed while generating, all processes end
     speed    the cells without drafts of recipes/asclepius-13b.yaml and recipes/llama-2-70b.yaml,
              with random weights, in `fused` and `compile`, on symmetric memory and on NCCL
     share    the share of all-reduces in a step's time (rank_steps.py)
-    drafts   the cells with a 13B draft: whether they end, and the parts of their time
+    drafts   the cells with a 13B draft model: whether they finish, and the parts of their time
 
 Items that fail are named at the end. ``--limit-s`` stops between items, and ``--resume`` runs the
 missing and failed ones in the same folder. ``--rehearse`` runs everything with a tiny model and two
@@ -55,7 +55,7 @@ TESTS_S = 400.0
 """The time limit of tests of one kind."""
 
 ENOUGH_S = 45.0
-"""No item begins with less time left."""
+"""The least time left, in seconds, with which an item is begun."""
 
 GRACE_S = 20.0
 """Time for a section to end after its last item's limit."""
@@ -84,8 +84,8 @@ class Plan:
 
     Attributes:
         recipes: The recipes whose schemes, tensor-parallel degrees and drafts are measured.
-        executions: Execution modes, the most interesting first, as in all lists here.
-        sizes: Numbers of ranks that there are devices for, 1 included.
+        executions: Execution modes. This list and the others begin with what matters most.
+        sizes: Numbers of ranks, 1 among them, of which there are devices.
         all_reduces: The all-reduce backends of several ranks.
         device: As in ``EngineConfig``.
         rounds: See ``rank_steps.Job``.
@@ -105,12 +105,12 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One measurement, whose result is stored under its key, and done if it is ``ok``.
+    """One measurement. Its result is stored under its key; if it is ``ok``, ``--resume`` skips it.
 
     Attributes:
         key: Its name.
         limit_s: Its time limit.
-        run: Runs it, within the given number of seconds.
+        run: Runs it within the given number of seconds; returns the result, with ``ok``.
     """
 
     key: str
@@ -198,7 +198,7 @@ def rehearsal(out: Path) -> Plan:
 
 
 def write_tiny(folder: Path) -> None:
-    """Writes a shape as a folder, of whose weights only the sizes are read."""
+    """Writes a tiny model of zeros; users of it read only the sizes of its weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -232,7 +232,7 @@ def machine() -> dict[str, Any]:
     found["environment"] = {name: os.environ.get(name) for name in MULTICAST}
     if torch.cuda.device_count():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        # Not by torch, which would take memory of the first of them for as long as this runs.
+        # torch would hold memory of the first GPU for as long as this process runs.
         for what, options in (
             ("devices", ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")),
             ("topology", ("topo", "-m")),
@@ -247,7 +247,7 @@ def machine() -> dict[str, Any]:
 
 
 def start(section: str, passed_on: list[str], ends: float) -> str:
-    """Runs a section in a process of its own: ``ok``, ``unfinished`` or ``FAILED``."""
+    """Runs a section in a process of its own; returns ``ok``, ``unfinished`` or ``FAILED``."""
     left = ends - time.monotonic()
     command = [sys.executable, __file__, "--section", section, *passed_on]
     command += [f"--limit-s={left}"]
@@ -282,7 +282,7 @@ def run_section(name: str, plan: Plan, out: Path, ends: float) -> int:
             row = {"ok": False, "error": f"{type(error).__name__}: {error}"[-2000:]}
         seconds = time.monotonic() - started
         if not row["ok"] and limit_s < item.limit_s and seconds >= limit_s:
-            cut_short = True  # nothing is known of it
+            cut_short = True  # not a failure: it was given less than its limit
             break
         rows[item.key] = {**row, "seconds": round(seconds, 1)}
         file.write_text(json.dumps(rows, indent=1) + "\n")
@@ -294,7 +294,7 @@ def run_section(name: str, plan: Plan, out: Path, ends: float) -> int:
 
 
 def correct(plan: Plan, out: Path) -> Iterator[Item]:
-    """Yields the tests of several ranks, by their number, and of collectives alone."""
+    """Yields the tests for each number of ranks, and those of collectives by themselves."""
     del out
     tests = "tests/engine/test_engine_ranks_gpu.py"
     for n in plan.sizes[1:]:
@@ -334,7 +334,7 @@ def pytest_item(plan: Plan, key: str, arguments: list[str]) -> Item:
 
 
 def results_of(junit: str) -> dict[str, Any]:
-    """Counts the results of tests; no test at all is a failure."""
+    """Counts results of tests in a JUnit report; no test at all is a failure."""
     passed, failed, skipped = 0, {}, {}
     for case in ElementTree.fromstring(junit).iter("testcase"):
         name = case.get("name", "")
@@ -355,7 +355,7 @@ def speed(plan: Plan, out: Path) -> Iterator[Item]:
 
 
 def drafts(plan: Plan, out: Path) -> Iterator[Item]:
-    """Yields the cells with drafts, adaptive (random weights never draft) and always."""
+    """Yields the cells with drafts, by both policies: random weights draft only if ``always``."""
     for recipe, config in cells(plan, drafts=True):
         for policy in ("always", "adaptive"):
             drafted = dataclasses.replace(config, draft_policy=policy)
@@ -438,7 +438,7 @@ def share(plan: Plan, out: Path) -> Iterator[Item]:
 
 def steps_of(plan: Plan, config: EngineConfig) -> Callable[[float], dict[str, Any]]:
     fields = config.to_dict()
-    del fields["max_seq_len"]  # as many as there are steps
+    del fields["max_seq_len"]  # rank_steps.Job computes it from the number of steps
     job = json.dumps({"config": fields, "rounds": plan.rounds, "steps": plan.steps})
 
     def run(limit_s: float) -> dict[str, Any]:
@@ -477,7 +477,14 @@ def steps_of(plan: Plan, config: EngineConfig) -> Callable[[float], dict[str, An
 
 
 def wait_for_all(processes: Iterable[subprocess.Popen[Any]], limit_s: float) -> None:
-    """Waits until all have succeeded or one has failed, for which others could wait forever."""
+    """Waits until all processes succeed.
+
+    If one fails, the others could wait for it forever.
+
+    Raises:
+        RuntimeError: One failed.
+        TimeoutError: They took longer than ``limit_s``.
+    """
     waiting, ends = list(processes), time.monotonic() + limit_s
     while waiting:
         if time.monotonic() > ends:
@@ -524,24 +531,28 @@ def table_lines(
 ) -> list[str]:
     """Makes the rows of one recipe, in order; ``shares`` are by recipe and configuration."""
     alone = {
-        lever(record): record.decode_tok_s.mean
+        all_but_ranks(record): record.decode_tok_s.mean
         for record in records
         if ranks(record) == 1 and record.decode_tok_s
     }
     lines = []
-    for record in sorted(records, key=lambda r: (lever(r), ranks(r), r.config["all_reduce"])):
+
+    def order(record: Record) -> tuple[Any, ...]:
+        return all_but_ranks(record), ranks(record), record.config["all_reduce"]
+
+    for record in sorted(records, key=order):
         config = EngineConfig(**record.config)
         scheme, execution = config.quant, config.execution
         used = (record.engine or {}).get("kernels", {}).get("all_reduce", config.all_reduce)
-        adding = used.removeprefix("all_reduce/") if ranks(record) > 1 else "–"
+        backend = used.removeprefix("all_reduce/") if ranks(record) > 1 else "–"
         draft = config.draft_name if config.draft != "none" else "–"
         shape = Path(config.model).name
-        cells = [shape, scheme, execution, str(ranks(record)), adding, draft]
+        cells = [shape, scheme, execution, str(ranks(record)), backend, draft]
         if record.status not in MEASURED or record.decode_tok_s is None:
             lines.append(f"| {' | '.join([*cells, record.status, '', '', ''])} |")
             continue
         cells.append(speed_of(record))
-        n, one = ranks(record), alone.get(lever(record))
+        n, one = ranks(record), alone.get(all_but_ranks(record))
         if n > 1 and one is not None:
             gain = record.decode_tok_s.mean / one
             cells += [f"{gain:.2f}", percent(gain / n)]
@@ -553,8 +564,8 @@ def table_lines(
     return lines
 
 
-def lever(record: Record) -> tuple[str, ...]:
-    """Returns the configuration that cells on one and on several GPUs share."""
+def all_but_ranks(record: Record) -> tuple[str, ...]:
+    """Returns the levers that a cell on several GPUs shares with the cell on one."""
     names = ("quant", "execution", "draft", "draft_quant", "draft_policy")
     return tuple(record.config[name] for name in names)
 

@@ -1,13 +1,13 @@
-"""Compares decode speed with and without a patch, and whether the tokens are equal.
+"""Compares decode speed, and the tokens, with and without a patch.
 
     python benchmarks/patched.py PATCH --out FOLDER --cells llama-2-13b/int4-g128 --rows 1 8
 
 A patch is the output of ``git diff``. Its changes to ``src/`` and ``tests/`` are applied to a copy
-of the repository. First ``--check`` runs some of the copy's tests. Then each cell is loaded from
-the repository and from the copy, each time in a process of its own, and in turn on the same device:
-without, with, without, with. Weights are random; decoding is greedy, 200 new tokens after 5. The
-result is written after every process as JSON. ``--rehearse`` runs everything with a tiny model on a
-CPU.
+of the repository. First ``--check`` runs some of the copy's tests. Then each cell is run by the
+repository's code and by the copy's, each time in a process of its own, alternately on the same
+device: without, with, without, with. Weights are random; decoding is greedy, with prompts of 5
+tokens and 200 new tokens. The result is written after every process as JSON. ``--rehearse`` runs
+everything with a tiny model on a CPU.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="sequences at once")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--check", default="", help="arguments of pytest, in the patched copy")
-    parser.add_argument("--pairs", type=int, default=2, help="processes without and with it, each")
+    parser.add_argument("--pairs", type=int, default=2, help="processes of each kind")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of a process")
     parser.add_argument("--new-tokens", type=int, default=200)
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begins no pair after that")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="after that no pair is begun")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -98,14 +98,14 @@ def copy_with(patch: Path, folder: Path) -> Path:
             shutil.copy(ROOT / name, copy / name)
     included = [f"--include={name}" for name in ("src/*", "tests/*")]
     command = ["git", "apply", *included, "--whitespace=nowarn", str(patch.resolve())]
-    # In a folder of a repository git would apply it to that.
+    # Within a repository, git apply would take paths relative to that repository.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder)}
     subprocess.run(command, cwd=copy, check=True, env=environment)
     return copy
 
 
 class Imported:
-    """Lets one process have several versions of hotloop, each imported from a folder of its own.
+    """A version of hotloop, imported from a folder, of which one process can have several.
 
     Args:
         source: The folder that has the package.
@@ -116,7 +116,7 @@ class Imported:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Makes it the version that is imported, also later by its own functions."""
+        """Makes imports find this version within the block, those in its functions included."""
         others = _taken_out()
         sys.modules.update(self._modules)
         sys.path.insert(0, self._source)

@@ -1,4 +1,4 @@
-"""Runs plans: lists of commands that are measured, or tested, in one short lease of a GPU.
+"""Runs plans: lists of benchmarks and tests for a limited time on a machine with GPUs.
 
     python benchmarks/plan.py benchmarks/plans/serving.yaml --out FOLDER --limit-s 560
 
@@ -90,14 +90,14 @@ class Job(StrictModel):
         return self.rehearse.replace("{run}", run) if rehearse else run
 
     def shares_gpus(self, other: Job) -> bool:
-        """Returns whether it may not run beside another one."""
+        """Returns whether it and another job use the same GPU, and so must not run side by side."""
         if self.gpus is None or other.gpus is None:
             return True
         return not set(self.gpus).isdisjoint(other.gpus)
 
 
 class Plan(StrictModel):
-    """A list of jobs; one comes ``after`` earlier ones alone."""
+    """A list of jobs; ``after`` can name only earlier ones."""
 
     jobs: Annotated[list[Job], Field(min_length=1)]
 
@@ -108,9 +108,9 @@ def load_plan(path: Path) -> list[Job]:
     Raises:
         ConfigError: It cannot be read, or is not a plan.
     """
-    said = parse_yaml(read_text(path, refuse=config_error), path)
+    data = parse_yaml(read_text(path, refuse=config_error), path)
     jobs: dict[str, Job] = {}
-    for job in validated(Plan, said, path, refuse=config_error).jobs:
+    for job in validated(Plan, data, path, refuse=config_error).jobs:
         if job.name in jobs:
             raise config_error(path, f"two jobs have the name {job.name!r}: rename one.")
         if job.expected_s > job.limit_s:
@@ -128,17 +128,17 @@ def chosen(jobs: Sequence[Job], names: Iterable[str]) -> list[Job]:
     Raises:
         UnknownNameError: No job has such a name.
     """
-    spelled = {job.name: {job.name, *job.name.split("/")} for job in jobs}
+    aliases = {job.name: {job.name, *job.name.split("/")} for job in jobs}
     names = list(names)
     for name in names:
-        if not any(name in some for some in spelled.values()):
-            raise UnknownNameError("job", name, list(spelled))
-    return [job for job in jobs if not names or spelled[job.name].intersection(names)]
+        if not any(name in some for some in aliases.values()):
+            raise UnknownNameError("job", name, list(aliases))
+    return [job for job in jobs if not names or aliases[job.name].intersection(names)]
 
 
 @dataclasses.dataclass
 class Running:
-    """A job's processes, a group of their own."""
+    """A running job, whose processes are a process group."""
 
     job: Job
     process: subprocess.Popen[bytes]
@@ -178,7 +178,7 @@ class Running:
                 return None
             self.kill()
             return f"killed at its limit of {self.ends - self.began:.0f} s"
-        self.kill()  # what it has left running
+        self.kill()  # processes that it left running
         return f"exit status {self.process.returncode}" if self.process.returncode else "ok"
 
     def kill(self) -> None:
@@ -239,7 +239,7 @@ def run_plan(
                 waiting.remove(job)
                 limit = REHEARSAL_S if rehearse else job.limit_s
                 running.append(Running.started(job, out, min(limit, left), rehearse=rehearse))
-            before.append(job)  # those after it leave its GPUs to it
+            before.append(job)  # a later job must not take its GPUs first
 
     try:
         while waiting or running:
@@ -265,7 +265,7 @@ def pack(out: Path, archive: Path) -> None:
             if not path.is_file() or path.resolve() in (archive, partial):
                 continue
             with suppress(FileNotFoundError):  # a temporary file of a job that runs
-                data = path.read_bytes()  # of which a job may write more meanwhile
+                data = path.read_bytes()  # at once: a job may still be writing
                 entry = tarfile.TarInfo(str(path.relative_to(out)))
                 entry.size, entry.mtime = len(data), path.stat().st_mtime
                 tar.addfile(entry, io.BytesIO(data))

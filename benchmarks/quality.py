@@ -3,8 +3,8 @@
     python benchmarks/quality.py MODEL --out benchmarks/results/quality-NAME --docs docs/quality.md
 
 Each scheme is one ``hotloop eval``: windows of the default text, and the task recipes/facts.jsonl.
-Its record is kept under ``--out`` as soon as it is there, and a scheme that has one is not measured
-again. Figures do not depend on how busy the machine is.
+Its record is stored under ``--out`` as soon as it is complete, and a scheme that has one is not
+measured again. Figures do not depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ HEAD = ("scheme", "ppl", "Δ ln ppl ± SE", "mean KL", "KL, 99 % quantile", "sam
 
 def command(model: str, scheme: str, *, window: int, windows: int, items: int) -> list[str]:
     """Returns the command that measures a scheme; with 0 ``items`` it answers all."""
-    of = ("--window", str(window), "--n-windows", str(windows), "--items", str(items))
+    sizes = ("--window", str(window), "--n-windows", str(windows), "--items", str(items))
     tasks = ("--tasks", str(FACTS), "--json")
-    return [sys.executable, "-m", "hotloop", "eval", model, "--quant", scheme, *of, *tasks]
+    return [sys.executable, "-m", "hotloop", "eval", model, "--quant", scheme, *sizes, *tasks]
 
 
 def quality_table(records: Sequence[Record]) -> str:

@@ -1,17 +1,16 @@
-"""Steps one rank of a model, to measure the cost of all-reduces in a decode step.
+"""Runs decode steps of one rank of a model, to measure the cost of all-reduces.
 
     python benchmarks/rank_steps.py RANK PORT JOB OUT
 
-Started once for every rank by ``multi_gpu.py``, which serves the store at ``PORT``; ``JOB`` is a
+``multi_gpu.py`` starts it once for every rank, and serves torch's store at ``PORT``. ``JOB`` is a
 JSON object (``Job``). Rank 0 writes to ``OUT``:
 
     step_ms           time of an unchanged step, in several rounds
     without_sums_ms   the same without all-reduces. The tokens are wrong; the difference in time is
                       the cost of all-reduces, including waits for other ranks.
-    kernels           by torch.profiler, in an unchanged round: the share of time in all-reduces
-    (and
-                      in the argmax over ranks), and the time of each kernel. Profiling slows steps
-                      down.
+    kernels           from torch.profiler, in an unchanged round: the share of time in all-reduces
+                      (and in the argmax over ranks), and the time of each kernel. Profiling slows
+                      steps down.
 """
 
 from __future__ import annotations
@@ -39,10 +38,12 @@ from hotloop.types import EngineConfig, SamplingParams
 PROMPT = (1, 2, 3, 4, 5)
 GREEDY = SamplingParams(ignore_eos=True)
 
-OURS = re.compile(r"^all_reduce_|_over_ranks")
+OWN_ALL_REDUCE = re.compile(r"^all_reduce_|_over_ranks")
 """Matches names of all-reduce kernels of the fused step."""
 
-ALL_REDUCE = re.compile(rf"all_?reduce|hotloop_parallel::sum|{OURS.pattern}", re.IGNORECASE)
+ALL_REDUCE = re.compile(
+    rf"all_?reduce|hotloop_parallel::sum|{OWN_ALL_REDUCE.pattern}", re.IGNORECASE
+)
 """Matches names of all-reduce kernels, and of operators on a CPU, of every backend."""
 
 Span = tuple[str, float, float]
@@ -92,7 +93,7 @@ class WithoutSums(Group):
 
 
 class Stepping:
-    """An engine's runner with a prompt in its only row."""
+    """A ``Runner`` that decodes one sequence."""
 
     def __init__(self, job: Job, setup: Setup, group: Group) -> None:
         self.job, self.setup = job, setup
@@ -115,7 +116,7 @@ class Stepping:
         return 1e3 * (time.perf_counter() - started) / self.job.steps
 
     def profile(self) -> dict[str, Any]:
-        """Runs a round under torch's profiler on rank 0; the other ranks only take part."""
+        """Runs a round, on rank 0 under torch's profiler; the other ranks return nothing."""
         kinds = torch.profiler.ProfilerActivity
         on_gpu = self.setup.device.type == "cuda"
         if self.setup.rank > 0:
@@ -140,29 +141,30 @@ def summary(spans: Sequence[Span], n_steps: int) -> dict[str, Any]:
     """
     if not spans:
         return {"failed": "the profiler saw nothing"}
-    spans = by_themselves(spans)
+    spans = without_waits(spans)
     whole_us = max(end for *_, end in spans) - min(begin for _, begin, _ in spans)
-    adding = [(begin, end) for name, begin, end in spans if ALL_REDUCE.search(name)]
+    all_reduces = [(begin, end) for name, begin, end in spans if ALL_REDUCE.search(name)]
     by_name: Counter[str] = Counter()
     for name, begin, end in spans:
         by_name[name] += end - begin
     return {
-        "all_reduce_share": covered(adding) / whole_us,
-        "all_reduce_us": covered(adding) / n_steps,
-        "all_reduces": len(adding) / n_steps,
+        "all_reduce_share": covered(all_reduces) / whole_us,
+        "all_reduce_us": covered(all_reduces) / n_steps,
+        "all_reduces": len(all_reduces) / n_steps,
         "step_us": whole_us / n_steps,
         "us_by_name": {name[:120]: us / n_steps for name, us in by_name.most_common(15)},
     }
 
 
-def by_themselves(spans: Iterable[Span]) -> list[Span]:
-    """Returns the spans in order; a span of our all-reduce kernels begins when earlier ones ended.
+def without_waits(spans: Iterable[Span]) -> list[Span]:
+    """Sorts spans, and lets those of our all-reduce kernels begin when all earlier ones have ended.
 
-    These kernels start early, and wait for the matrix product whose results they send.
+    These kernels start early (programmatic dependent launch), and wait for the matrix product whose
+    results they send.
     """
     result, reached = [], float("-inf")
     for name, begin, end in sorted(spans, key=lambda span: span[1]):
-        begins = min(end, max(begin, reached)) if OURS.search(name) else begin
+        begins = min(end, max(begin, reached)) if OWN_ALL_REDUCE.search(name) else begin
         result.append((name, begins, end))
         reached = max(reached, end)
     return result
@@ -180,10 +182,10 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 def measure(job: Job, setup: Setup, group: Group) -> dict[str, Any]:
     ways: dict[str, Group] = {"step_ms": group, "without_sums_ms": WithoutSums(group)}
     result: dict[str, Any] = {"all_reduce": group.kernel, "notes": group.notes}
-    for way, adding in ways.items():
-        stepping = Stepping(job, setup, adding)
+    for way, used_group in ways.items():
+        stepping = Stepping(job, setup, used_group)
         result[way] = [stepping.round_ms() for _ in range(job.rounds)]
-        if adding is group:
+        if used_group is group:
             result["kernels"] = stepping.profile()
         stepping.runner.close()
     return result
@@ -197,9 +199,7 @@ def main() -> None:
     if setup.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
     store = Address(host=LOOPBACK, port=port).connect()
-    group = ProcessGroup(
-        store, rank, size, setup.device, all_reduce=setup.config.all_reduce
-    )  # fmt: skip
+    group = ProcessGroup(store, rank, size, setup.device, all_reduce=setup.config.all_reduce)
     result = measure(job, setup, group)
     if rank == 0:
         out.write_text(json.dumps(result))

@@ -1,7 +1,7 @@
 """Measures how many items of a task an engine scores in a second of processor time.
 
-The items are answered with seats for one window and for several, which are then scored together;
-``hotloop eval`` has eight. Processor time, since other processes of a machine change it little.
+The items are answered with one seat, and with several, whose windows are scored together; ``hotloop
+eval`` has eight. Processor time depends less on other processes than elapsed time does.
 
     python benchmarks/scoring.py --task recipes/facts.jsonl --items 100 --out FILE
 """

@@ -2,23 +2,24 @@
 
     python benchmarks/serving.py --out benchmarks/results/h200-serving --docs docs/performance.md
 
-Parts, each with a time limit; an engine runs all of them:
+It has these parts, each with a time limit; one engine runs all of them:
 
-    equal  32 requests at once get the tokens that each gets alone; fails if one does not
+    equal  32 concurrent requests must get the tokens that each gets alone
     load   time to the first token (TTFT), time between events (ITL), and tok/s, of 1 to 32
-           clients, with prompts of 512 token ids and 256 new tokens. A client pauses before each
-           request, for a random time of an exponential distribution: arrivals are those of a
-           Poisson process whose rate is in proportion to the clients that are not waiting
+           clients, with prompts of 512 token ids and 256 new tokens. Before each request a client
+           pauses for a time drawn from an exponential distribution, so arrivals are a Poisson
+           process whose rate is in proportion to the number of clients that wait for no answer
     pause  how long a stream pauses while prompts of four chunks are prefilled, and how long one
            chunk takes
-    alone  a served request and ``LLM.stream`` of the same engine, in alternation: TTFT, TPOT, ITL
+    alone  TTFT, TPOT and ITL of a lone served request, and of ``LLM.stream`` of the same engine,
+           alternately
 
-The client (``wire.py``) is this process, with uvloop's event loop as the server, which is another
-one, with what ``hotloop serve`` runs; for ``alone`` it is a thread that waits in the socket.
-Prompts are random and new, so that no prefix of them is in the cache. Greedy, random weights, or
-those of ``--model``. A file under ``--out`` holds the raw samples of a part: a line that describes
-it, then a line for each request, in microseconds. Files of an earlier run remain in the tables;
-``--parts`` without a name makes the tables alone.
+The client (``wire.py``) is this process, on uvloop's event loop. The server is another process,
+which runs what ``hotloop serve`` runs. For ``alone`` the client is a thread that blocks on the
+socket. Prompts are random and new, so that no prefix of them is in the cache. Decoding is greedy;
+weights are random, or those of ``--model``. A file under ``--out`` has the raw samples of a part:
+a line that describes it, then a line for each request, in microseconds. Files of an earlier run
+remain in the tables; ``--parts`` without a name makes the tables alone.
 ``--rehearse`` runs them with a tiny model on a CPU: what serving adds to the first token is mostly
 the host's work, so that ``--rehearse --parts alone --rounds 20`` shows changes of it without a GPU.
 """
@@ -45,7 +46,7 @@ import torch
 import uvloop
 from gpu import require_marks, table, write_between
 from multi_gpu import write_tiny
-from wire import Connection, LoneConnection, Streamed, WireError, complete
+from wire import BlockingConnection, Connection, Streamed, WireError, complete
 
 from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine.service import Service
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.engine:
-        be_engine(Job(**json.loads(args.engine)), sys.stdin, sys.stdout)
+        run_engine_process(Job(**json.loads(args.engine)), sys.stdin, sys.stdout)
         return
     begin, end = (f"<!-- tables of {args.out.name}: {which} -->" for which in ("begin", "end"))
     require_marks(parser, args.docs, begin, end)
@@ -202,11 +203,11 @@ async def run(job: Job, machine: dict[str, Any], out: Path) -> list[str]:
 # The process of the engine.
 
 
-def be_engine(job: Job, commands: TextIO, answers: TextIO) -> None:
-    """Runs an engine that serves, or generates itself, as each line of ``commands`` says.
+def run_engine_process(job: Job, commands: TextIO, answers: TextIO) -> None:
+    """Loads an engine, then runs the commands that arrive, a line of JSON each.
 
-    ``serve`` starts a server and answers with its URL; ``stop`` ends it. Anything else is a prompt,
-    a list of token ids, which is generated at once; its answer is the timing.
+    ``"serve"`` starts a server and answers with its URL; ``"stop"`` ends it. Any other command is a
+    prompt, a list of token ids, which ``LLM.stream`` answers; the reply has its timing.
     """
 
     def say(answer: Any) -> None:
@@ -216,12 +217,12 @@ def be_engine(job: Job, commands: TextIO, answers: TextIO) -> None:
         say("loaded")
         lines = iter(commands)
         for line in lines:
-            said = json.loads(line)
-            if said != "serve":
+            command = json.loads(line)
+            if command != "serve":
                 params = SamplingParams(max_new_tokens=job.new_tokens, ignore_eos=True)
-                pieces = [(time.perf_counter(), delta) for delta in llm.stream([said], params)]
+                pieces = [(time.perf_counter(), delta) for delta in llm.stream([command], params)]
                 answer = pieces[-1][1].generation
-                assert answer is not None, "it is over"
+                assert answer is not None, "the last piece has the generation"
                 gaps = [us(b - a) for (a, _), (b, _) in itertools.pairwise(pieces)]
                 timing = answer.timing
                 say([timing.ttft_s, timing.tpot_s, list(answer.token_ids), gaps])
@@ -238,7 +239,7 @@ def be_engine(job: Job, commands: TextIO, answers: TextIO) -> None:
 
 
 class Engine:
-    """The process of an engine, and what it is told.
+    """The process of an engine, seen from the benchmark's process.
 
     Attributes:
         url: The base URL of its server, while it serves.
@@ -251,7 +252,7 @@ class Engine:
     @classmethod
     @asynccontextmanager
     async def started(cls, job: Job) -> AsyncGenerator[Engine]:
-        """Starts one that has loaded; ends it at the end of the block."""
+        """Starts a process and waits until its engine has loaded; kills it after the block."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             __file__,
@@ -271,7 +272,7 @@ class Engine:
             await process.wait()
 
     async def ask(self, command: Any) -> Any:
-        """Gives a command; returns the answer."""
+        """Sends a command; returns the reply."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
         await self._process.stdin.drain()
@@ -285,14 +286,14 @@ class Engine:
         return json.loads(line)
 
     async def serve(self) -> None:
-        """Has it serve."""
+        """Starts its server."""
         self.url = f"{await self.ask('serve')}/v1"
 
     async def stop(self) -> None:
-        """Has it end its server.
+        """Ends its server.
 
         Raises:
-            WireError: It has captured programs while it served.
+            WireError: It captured programs while it served, which warm-up should have done.
         """
         captured = (await self.ask("stop"))["captured"]
         if captured:
@@ -303,7 +304,7 @@ class Engine:
 
 
 async def equal(job: Job, engine: Engine) -> list[Sample]:
-    """Compares the tokens of requests at once with those of each alone.
+    """Compares the tokens of concurrent requests with those of each request alone.
 
     Raises:
         WireError: They differ.
@@ -327,20 +328,20 @@ async def equal(job: Job, engine: Engine) -> list[Sample]:
 
 
 async def load(job: Job, engine: Engine) -> list[Sample]:
-    """Measures requests of 1 client, then of several."""
+    """Measures requests for each number of concurrent clients."""
     await engine.serve()
     samples = []
     for n in job.clients:
-        samples += await level(job, engine, n)
+        samples += await run_clients(job, engine, n)
         print(job.name, n, "clients", file=sys.stderr, flush=True)
     await engine.stop()
     return samples
 
 
-async def level(job: Job, engine: Engine, n: int) -> list[Sample]:
-    """Has ``n`` clients make requests until enough have been made.
+async def run_clients(job: Job, engine: Engine, n: int) -> list[Sample]:
+    """Runs ``n`` concurrent clients until enough requests have been made.
 
-    Two requests beforehand are in no sample.
+    Two requests before them warm up, and are in no sample.
     """
     tickets = iter(range(max(24, job.rounds * n) if job.rounds > 2 else job.rounds * n))
     found: list[tuple[int, Streamed]] = []
@@ -370,8 +371,8 @@ async def level(job: Job, engine: Engine, n: int) -> list[Sample]:
 async def pause(job: Job, engine: Engine) -> list[Sample]:
     """Measures a stream while long prompts are prefilled, and the time of one chunk.
 
-    In a round a prompt of one chunk and one of several are answered by themselves; then a stream
-    begins, and three prompts of several chunks arrive one after the other while it decodes.
+    In a round, a prompt of one chunk and one of several are answered alone. Then a stream begins,
+    and prompts of several chunks arrive one after the other until it ends.
     """
     await engine.serve()
     random_ = random.Random("pause")
@@ -405,10 +406,10 @@ async def pause(job: Job, engine: Engine) -> list[Sample]:
 
 
 async def alone(job: Job, engine: Engine) -> list[Sample]:
-    """Has an engine generate and serve prompts, in alternation.
+    """Measures an engine that generates and serves prompts alternately.
 
-    Both get the same prompt in a first round, which is in no sample: the second of them can find it
-    in the prefix cache.
+    In the first round both get the same prompt, and must answer with the same tokens. This round is
+    in no sample, since the second of them can find the prompt in the prefix cache.
 
     Raises:
         WireError: The tokens of that round differ.
@@ -440,8 +441,8 @@ async def alone(job: Job, engine: Engine) -> list[Sample]:
 
 
 def served_alone(job: Job, url: str, first: list[int], ids: list[int]) -> Streamed:
-    """Has a prompt answered, after a short answer to the first one of the connection."""
-    connection = LoneConnection(url, job.limit_s)
+    """Sends a prompt over a new connection, after a short request that warms the connection up."""
+    connection = BlockingConnection(url, job.limit_s)
     try:
         connection.complete(url, first, 2 * LONG_CHUNKS)
         return connection.complete(url, ids, job.new_tokens)
@@ -461,7 +462,7 @@ def us(seconds: float) -> int:
 
 
 def as_sample(answer: Streamed, begin_s: float) -> Sample:
-    """Returns when a request was sent, and its TTFT, gaps and tokens of each piece."""
+    """Returns when a request was sent, its TTFT, and the gaps and tokens of its pieces."""
     tokens = [piece.n_tokens for piece in answer.pieces]
     return {
         "sent_us": us(answer.sent_s - begin_s),
@@ -482,7 +483,8 @@ def make_tables(out: Path) -> str:
     ]
     makers = {"load": load_table, "pause": pause_table, "alone": alone_table}
     of = {
-        part: sorted((f for f in found if f[0]["job"]["part"] == part), key=rank) for part in makers
+        part: sorted((f for f in found if f[0]["job"]["part"] == part), key=sort_key)
+        for part in makers
     }
     return "\n".join(filter(None, (make(of[part]) for part, make in makers.items())))
 
@@ -495,28 +497,28 @@ def load_table(found: Iterable[Sequence[Sample]]) -> str:
     rows = []
     for header, *samples in found:
         for n in dict.fromkeys(sample["clients"] for sample in samples):
-            of_level = [sample for sample in samples if sample["clients"] == n]
-            gaps = [gap for sample in of_level for gap in sample["gaps_us"]]
-            pieces = sum(1 + len(sample["gaps_us"]) for sample in of_level)
-            tokens = len(of_level) * header["job"]["new_tokens"]
+            of_clients = [sample for sample in samples if sample["clients"] == n]
+            gaps = [gap for sample in of_clients for gap in sample["gaps_us"]]
+            pieces = sum(1 + len(sample["gaps_us"]) for sample in of_clients)
+            tokens = len(of_clients) * header["job"]["new_tokens"]
             rows.append(
                 (
                     *names(header),
                     str(n),
-                    str(len(of_level)),
-                    *quantiles_ms([sample["ttft_us"] for sample in of_level]),
+                    str(len(of_clients)),
+                    *quantiles_ms([sample["ttft_us"] for sample in of_clients]),
                     *quantiles_ms(gaps),
                     f"{tokens / pieces:.2f}",
-                    f"{tok_s(of_level):,.0f}",
+                    f"{tok_s(of_clients):,.0f}",
                 )
             )
     return table(head, rows, texts=2)
 
 
 def tok_s(samples: Iterable[Sample]) -> float:
-    """Returns tokens per second of all clients, from the first request to the sending of the last.
+    """Returns tokens per second of all clients, between the sending of the first and last request.
 
-    The clients' pauses are part of that time. After it there are fewer clients than are named.
+    The clients' pauses are part of that time. Later some clients have no more requests to send.
     """
     arrivals, sent = [], []
     for sample in samples:
@@ -575,14 +577,14 @@ def names(header: Sample) -> tuple[str, str]:
     return Path(header["job"]["model"]).name, header["job"]["engine"]["quant"]
 
 
-def rank(found: Sequence[Sample]) -> tuple[str, int]:
-    """Orders files: by model, then schemes as listed above."""
+def sort_key(found: Sequence[Sample]) -> tuple[str, int]:
+    """Returns the sort key of a file: its model, then its scheme in the order of ``SCHEMES``."""
     model, scheme = names(found[0])
     return model, SCHEMES.index(scheme) if scheme in SCHEMES else len(SCHEMES)
 
 
 def tail(samples: Iterable[Sample], field: str) -> str:
-    """Returns the 99th percentile of gaps by their median; files of an earlier time have none."""
+    """Returns the 99th percentile of gaps over their median; files of older versions lack gaps."""
     gaps = [gap for sample in samples for gap in sample.get(field, ())]
     if not gaps:
         return "–"

@@ -172,7 +172,7 @@ def measure(
     while number <= rounds:
         bystanders = Bystanders()
         turns = {name: turn(worker) for name, worker in workers.items()}
-        if undisturbed and bystanders.disturb(sum(cpu_s for _, cpu_s in turns.values())):
+        if undisturbed and bystanders.disturbed(sum(cpu_s for _, cpu_s in turns.values())):
             disturbed += 1
             assert disturbed <= 3 * rounds, "other processes are busy: measure later"
             continue

@@ -1,16 +1,17 @@
-"""Measures what a small server sees: several sequences at once, and prompts of several lengths.
+"""Measures the loads of a small server: concurrent sequences, and prompts of several lengths.
 
     python benchmarks/small_batches.py --out benchmarks/results/h200-small-batches \
         --docs docs/performance.md
 
 Two kinds of measurements, each of a shape and a scheme in a process of its own with a time limit:
 
-    sequences  decode tok/s in total of 1 to 64 sequences, 200 new tokens after 5, and mean TTFT
-    prompts    time to the first token after 512 to 32,768 tokens
+    sequences  total decode tok/s and mean TTFT of 1 to 64 sequences, with prompts of 5 tokens and
+               200 new tokens
+    prompts    TTFT, with prompts of 512 to 32,768 tokens
 
-Random weights, greedy, `fused`, on one GPU and on two. Results of an earlier run under ``--out``
-remain in the tables; ``--kinds`` without a name makes the tables alone. On an H200 they have vLLM's
-figures beside them (``VLLM``).
+Weights are random, decoding is greedy and `fused`, on one GPU and on two. Results of an earlier
+run under ``--out`` remain in the tables; ``--kinds`` without a name makes the tables alone. On an
+H200 they have vLLM's figures beside them (``VLLM``).
 ``--rehearse`` runs everything with a tiny model on a CPU.
 """
 
@@ -40,7 +41,7 @@ SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = (512, 2048, 8192, 32_768)
 KINDS = ("sequences", "prompts")
 AT_ONCE = "at once"
-"""The kind of a table of TTFT, of the prompts of sequences."""
+"""The kind of the table of TTFT of concurrent sequences; its samples are those of ``sequences``."""
 
 ANSWER = 8
 """Positions of a cache beyond the longest prompt."""
@@ -59,8 +60,8 @@ VLLM: dict[tuple[str, str, str, int], dict[int, float]] = {
     ("prompts", "llama-3.1-8b", "none", 1): {512: 26.3, 2048: 51, 8192: 221},
     ("prompts", "llama-2-13b", "int4-g128", 1): {2048: 156},
 }  # fmt: skip
-"""Of vLLM 0.26.0 on H200s of one host, 2026-11-29, with CUDA graphs and FlashAttention 3, int4 as
-AWQ by Marlin: decode tok/s in total by sequences, and TTFT in ms by prompt tokens."""
+"""Figures of vLLM 0.26.0 on H200s of one host, 2026-11-29, with CUDA graphs and FlashAttention 3,
+int4 as AWQ by Marlin: total decode tok/s by sequences, and TTFT in ms by tokens of the prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def sizes(kind: str, name: str, args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def rehearsal(out: Path) -> list[Job]:
-    """Returns small measurements of both kinds."""
+    """Returns the measurements of a rehearsal, one of each kind."""
     model = out / "rehearsal-model"
     write_tiny(model)
     common: dict[str, Any] = {"shape": str(model), "scheme": "int4-g64", "gpus": 1}
@@ -181,9 +182,10 @@ def measure(job: Job, out: Path) -> None:
 
 
 def sample(llm: LLM, job: Job, size: int) -> tuple[float, float]:
-    """Measures decode tok/s in total of so many sequences, and their mean TTFT in ms.
+    """Measures ``size`` concurrent sequences, or one prompt of ``size`` tokens.
 
-    Of prompts it measures TTFT in ms of so many tokens, twice the same.
+    Returns:
+        For sequences, total decode tok/s and mean TTFT in ms. For a prompt, its TTFT in ms, twice.
     """
     params = SamplingParams(max_new_tokens=job.new_tokens, ignore_eos=True)
     if job.kind == "sequences":
@@ -193,7 +195,8 @@ def sample(llm: LLM, job: Job, size: int) -> tuple[float, float]:
         return tok_s, 1e3 * sum(timing.ttft_s for timing in timings) / size
     ids = [2 + i % 500 for i in range(size)]
     (answer,) = llm.generate([ids], dataclasses.replace(params, max_new_tokens=4))
-    return 2 * (1e3 * answer.timing.ttft_s,)
+    ttft_ms = 1e3 * answer.timing.ttft_s
+    return ttft_ms, ttft_ms
 
 
 # The tables.
@@ -202,7 +205,7 @@ def sample(llm: LLM, job: Job, size: int) -> tuple[float, float]:
 def make_tables(out: Path) -> str:
     """Makes a table of each kind: medians, with vLLM's figures beside them on an H200.
 
-    The last one has TTFT of short prompts at once, where the samples of sequences have it.
+    The last table has the TTFT of concurrent sequences, from files whose samples have it.
     """
     found = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     of_kinds = {kind: [one for one in found if one["job"]["kind"] == kind] for kind in KINDS}
@@ -221,7 +224,7 @@ def kind_table(kind: str, found: Sequence[dict[str, Any]]) -> str:
     head = ("shape", "scheme", "GPUs", "engine")
     head += tuple(f"{size:,} {word}{'s' if size > 1 else ''}{after}" for size in sizes)
     rows = []
-    for one in sorted(found, key=rank):
+    for one in sorted(found, key=sort_key):
         job = one["job"]
         medians = {int(size): median(samples) for size, samples in one["samples"].items()}
         of = (Path(job["shape"]).name, job["scheme"], str(job["gpus"]))
@@ -232,8 +235,8 @@ def kind_table(kind: str, found: Sequence[dict[str, Any]]) -> str:
     return table(head, rows, texts=4)
 
 
-def rank(found: dict[str, Any]) -> tuple[int, int, int, str]:
-    """Orders measurements: by GPUs, shape and scheme as listed above, then by name."""
+def sort_key(found: dict[str, Any]) -> tuple[int, int, int, str]:
+    """Returns the sort key: GPUs, shape and scheme in the order of the lists above, then a name."""
     job = found["job"]
     shape, scheme = (
         names.index(job[field]) if job[field] in names else len(names)

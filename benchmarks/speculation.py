@@ -3,15 +3,15 @@
 There are four kinds of text, for which drafts are known to be good or bad: continuing code,
 summarizing with quotations, telling a story, answering a question. One engine answers the same
 prompt four times: off, on, on, off, and in the next round on, off, off, on, so that drifts of the
-machine's speed cancel out. Off is the same engine without its controller, which takes only plain
-steps: two equal engines would not do, since one can be 5 % faster than the other, by the place of
-its weights in a CPU's memory. Each round gives one ratio of decode tok/s; the figure is their
-geometric mean, and its interval is over rounds. Drawn texts differ between rounds. A round in which
-other processes were busy is repeated, or with ``--disturbed`` kept and counted: acceptance does not
-depend on them. Beside it are the times of steps with each number of drafts (``LLM.step_costs``),
-the number of programs that were captured or compiled during the timed rounds, which should be 0,
-and on a CPU the processor time of a forward of the drafter and of the model, which other processes
-change less.
+machine's speed cancel out. Off is the same engine without its draft controller, so that it takes
+only plain steps. A second engine would not do: of two equal engines one can be 5 % faster than the
+other, depending on where in a CPU's memory its weights are. Each round gives one ratio of decode
+tok/s; the figure is the geometric mean of the ratios, with an interval over rounds. Sampled
+texts differ between rounds. A round in which other processes were busy is repeated, or with
+``--disturbed`` kept and counted, since acceptance does not depend on them. Also recorded are the
+times of steps with each number of drafts (``LLM.step_costs``); the number of programs that were
+captured or compiled during the timed rounds, which should be 0; and on a CPU the processor time of
+a forward pass of the drafter and of the model, which depends less on other processes.
 
     python benchmarks/speculation.py --drafts ngram exit-10 --out benchmarks/results/NAME.json
 
@@ -59,18 +59,18 @@ def prompt(llm: LLM, text: str) -> tuple[list[int], SamplingParams]:
         return llm.encode(Path(json.decoder.__file__).read_text())[:400], greedy
     if text == "quotations":
         article = topics["assert"][:1500]
-        asked = f"Summarize the text below. Quote its most important sentences.\n\n{article}"
-        return conversation(llm, asked), greedy
-    asked = "Write a story about a lighthouse keeper who finds a letter from the sea."
+        request = f"Summarize the text below. Quote its most important sentences.\n\n{article}"
+        return conversation(llm, request), greedy
+    request = "Write a story about a lighthouse keeper who finds a letter from the sea."
     if text == "chat":
-        asked = "Why is the sky blue, and why is it red in the evening? Explain it to a child."
-    drawn = SamplingParams(temperature=0.8, top_p=0.95)
-    return conversation(llm, asked), drawn
+        request = "Why is the sky blue, and why is it red in the evening? Explain it to a child."
+    sampled = SamplingParams(temperature=0.8, top_p=0.95)
+    return conversation(llm, request), sampled
 
 
-def conversation(llm: LLM, asked: str) -> list[int]:
+def conversation(llm: LLM, request: str) -> list[int]:
     assert llm.tokenizer is not None
-    return list(llm.tokenizer.chat_prompt([{"role": "user", "content": asked}]).token_ids)
+    return list(llm.tokenizer.chat_prompt([{"role": "user", "content": request}]).token_ids)
 
 
 def run(llm: LLM, ids: list[int], params: SamplingParams, n: int) -> Generation:
@@ -97,16 +97,16 @@ def measure(
     keeps_disturbed: bool,
 ) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"off": [], "on": []}
-    seen, same, number, disturbed = Speculation(), 0, 0, 0
+    total, same, number, disturbed = Speculation(), 0, 0, 0
     n_programs = llm._scheduler.n_programs
     while number < warm_up + rounds:
         seeded = dataclasses.replace(params, seed=number)
         bystanders, began_s = Bystanders(), time.process_time()
         ways = (run_without_drafts, run, run, run_without_drafts)
         order = (0, 1, 2, 3) if number % 2 else (1, 0, 3, 2)
-        taken = {i: ways[i](llm, ids, seeded, n) for i in order}
-        turns = [taken[i] for i in range(4)]
-        if bystanders.disturb(time.process_time() - began_s):
+        answers = {i: ways[i](llm, ids, seeded, n) for i in order}
+        turns = [answers[i] for i in range(4)]
+        if bystanders.disturbed(time.process_time() - began_s):
             disturbed += 1
             if not keeps_disturbed:
                 assert disturbed <= 3 * rounds, "other processes are busy: use a quiet machine"
@@ -120,7 +120,7 @@ def measure(
             speeds[name].append(statistics.harmonic_mean(pair))  # of both answers together
         for generation in turns[1:3]:
             assert generation.speculation is not None
-            seen += generation.speculation
+            total += generation.speculation
             same += generation.token_ids == turns[0].token_ids
     n_made = llm._scheduler.n_programs - n_programs
     return {
@@ -129,10 +129,10 @@ def measure(
         "off_tok_s": mean_figure(speeds["off"]).model_dump(),
         "on_tok_s": mean_figure(speeds["on"]).model_dump(),
         "ratio": ratio(speeds["on"], speeds["off"]),
-        "acceptance": seen.acceptance,
-        "tokens_per_step": seen.tokens_per_step,
-        "off_share": seen.n_plain_steps / seen.n_steps,
-        "draft_share": seen.draft_s / (seen.draft_s + seen.verify_s),
+        "acceptance": total.acceptance,
+        "tokens_per_step": total.tokens_per_step,
+        "off_share": total.n_plain_steps / total.n_steps,
+        "draft_share": total.draft_s / (total.draft_s + total.verify_s),
         "costs": [dataclasses.asdict(cost) for cost in llm.step_costs([ids], max_new_tokens=n)],
         "equal_answers": None if llm.config.assume_acceptance else f"{same} of {2 * rounds}",
         "disturbed_rounds": disturbed,
@@ -141,7 +141,7 @@ def measure(
 
 
 def processor_s(llm: LLM, *, rounds: int = 15) -> dict[str, list[float]]:
-    """Samples the processor time of forwards by turns: of drafters, and of 1 to 5 tokens."""
+    """Measures the processor time of forward passes, in turn: of 1 to 5 tokens, of each drafter."""
     stepper = llm._runner._stepper
     forwards = {str(n): (stepper.forward, n) for n in (1, 2, 3, 5)}
     for name, drafter in zip(drafters(llm.config.draft), stepper.drafters, strict=True):
@@ -182,7 +182,7 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def keep(path: Path, row: dict[str, Any]) -> None:
+def write_row(path: Path, row: dict[str, Any]) -> None:
     """Writes a row to a file, replacing that of the same configuration and text."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     by_name = {(one["draft"], one["text"], one["config"]["quant"]): one for one in (*known, row)}
@@ -203,13 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--assume-acceptance", type=float, help="see ``EngineConfig``")
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--draft-policy", default="adaptive")
-    parser.add_argument("--disturbed", action="store_true", help="keep rounds beside others")
+    parser.add_argument("--disturbed", action="store_true", help="keep disturbed rounds")
     parser.add_argument("--quant", default="none")
     parser.add_argument("--execution", default="compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--warm-up", type=int, default=3, help="rounds before those")
+    parser.add_argument("--warm-up", type=int, default=3, help="rounds before the timed ones")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
 
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             show(row)
             if args.out:
-                keep(args.out, row)
+                write_row(args.out, row)
         llm.close()
 
 

@@ -2,15 +2,16 @@
 
     python benchmarks/step_kernels.py --out FOLDER --cells llama-3.1-8b/none --rows 1 8 32 64
 
-For each cell and number of rows an engine decodes; a profile of some steps has the begin and end of
-every kernel of the replayed graph. A kernel that overlaps its predecessor (dependent launch) begins
-before that ends, so its *span* is the time from the end of the one before to its own end: spans add
-up to the step. They are summed by place in the layer. The gaps between steps, where the device has
-nothing to do, are a row of their own. Times with the profiler are compared with those without.
+For each cell and number of rows an engine decodes, and a profile of some steps has the begin
+and end of every kernel of the replayed graph. With programmatic dependent launch a kernel begins
+before its predecessor ends. So the time of a kernel is counted from the end of its predecessor
+to its own end, and these times add up to the step. They are summed by the kernel's place in a
+layer. The gaps between steps, where the device is idle, are a row of their own. Step times with
+the profiler are compared with those without.
 
-With ``--patches`` the process also has an engine of each patched copy (``patched.py``), with equal
-weights. Their answers alternate, and tokens and logits are compared bit for bit.
-``--rehearse`` runs what a CPU can: engines of a tiny model, and the sums over a recorded trace.
+With ``--patches`` the process also has an engine of each patched copy (``patched.py``), with
+the same weights. The engines take turns, and their tokens and logits are compared bit for bit.
+``--rehearse`` runs what a CPU can: engines of a tiny model, and the sums over a made-up trace.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ PREFIXES = {
 
 
 class Span(NamedTuple):
-    """A kernel on the device, in microseconds."""
+    """A kernel on the device: its name, begin and end, in microseconds."""
 
     name: str
     begin: float
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--patches", nargs="*", type=Path, default=[], help="as git diff makes them"
     )
-    parser.add_argument("--rounds", type=int, default=4, help="answers of each version and rows")
+    parser.add_argument("--rounds", type=int, default=4, help="measurements of each kind")
     parser.add_argument("--steps", type=int, default=12, help="steps of a profile")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def profile(cell: str, args: argparse.Namespace) -> None:
-    """Profiles steps of each number of rows, of all versions by turns; writes after each number."""
+    """Profiles the steps of all versions, and writes the file after each number of rows."""
     import torch
 
     shape, _, scheme = cell.rpartition("/")
@@ -120,7 +121,7 @@ def profile(cell: str, args: argparse.Namespace) -> None:
 def compare(
     versions: dict[str, Version], n: int, args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Measures steps of so many rows, of each version."""
+    """Measures steps of ``n`` rows of each version, which take turns."""
     found: dict[str, dict[str, Any]] = {name: {"step_us": []} for name in versions}
     for round_ in range(1 + args.rounds):
         for name in list(versions)[:: -1 if round_ % 2 else 1]:
@@ -142,8 +143,8 @@ class Version:
 
     Args:
         source: The folder that has the package.
-        shape: Of its model.
-        scheme: Of the weights, which are random, and equal in all versions.
+        shape: The shape of its model.
+        scheme: The scheme of its weights, which are random, and the same in all versions.
         rows: Numbers of rows to measure.
         device: ``cuda``; on ``cpu`` only the host's part of it runs.
     """
@@ -168,12 +169,12 @@ class Version:
             self._params = SamplingParams(max_new_tokens=120, ignore_eos=True)
         self._scheduler = self._llm._scheduler
         self._scheduler.n_steps = 1  # a launch is a step
-        # The recorded trace that stands in for a profile on a CPU has two layers.
+        # The made-up trace that stands in for a profile on a CPU has two layers.
         self.n_layers = len(self._llm._setup.model.layers) if device == "cuda" else 2
         self._tokens: dict[int, Any] = {}
 
     def active(self) -> AbstractContextManager[None]:
-        """Makes its modules those that are imported."""
+        """Makes imports find this version within the block; see ``patched.Imported``."""
         return self._imported.active()
 
     def close(self) -> None:
@@ -182,14 +183,14 @@ class Version:
             self._llm.close()
 
     def step_us(self, n: int) -> float:
-        """Measures the time of a step in answers of so many prompts."""
+        """Measures the mean time of a step while ``n`` prompts are answered, in microseconds."""
         with self.active():
             answers = self._llm.generate(prompts(n), self._params)
         self._tokens[n] = [answer.token_ids for answer in answers]
         return 1e6 * n / sum(answer.timing.decode_tok_s for answer in answers)
 
     def bits(self, n: int) -> str:
-        """Hashes the tokens of answers, and all logits of some steps that begin new sequences."""
+        """Hashes the last answers' tokens, and the logits of the first steps of new sequences."""
         import torch
 
         stepper = self._llm._runner._stepper
@@ -282,10 +283,10 @@ def places(step: Sequence[Span], n_layers: int) -> list[str]:
 
 
 def parts(spans: Sequence[Span], n_layers: int) -> dict[str, float]:
-    """Sums the spans of kernels by their place; means over steps, in microseconds.
+    """Sums the times of kernels by their place: means over steps, in microseconds.
 
-    Each kernel of a place counts, so that one of several launches for many rows does; the pattern
-    of four products a layer then does not hold, and all are ``products``.
+    With many rows a matrix product can take several launches. Then a layer does not have four, and
+    the places of matrix products are unknown: all of them are summed as ``products``.
     """
     pairs = list(itertools.pairwise(steps_of(spans)))
     total: dict[str, float] = {}
@@ -317,7 +318,7 @@ def report(found: dict[str, dict[str, Any]]) -> str:
     rows += [
         ("all, profiled", *totals),
         ("a step, not profiled", *(f"{step_us:,.1f}" for step_us in steps)),
-        ("of the first one's", *(f"{step_us / steps[0]:.1%}" for step_us in steps)),
+        ("relative to the first", *(f"{step_us / steps[0]:.1%}" for step_us in steps)),
         (
             "bits",
             *("equal" if one["bits"] == first["bits"] else "DIFFER" for one in found.values()),
@@ -327,7 +328,7 @@ def report(found: dict[str, dict[str, Any]]) -> str:
 
 
 def rehearsal() -> list[Span]:
-    """Makes the trace of three steps of two layers, whose kernels overlap by half."""
+    """Makes a trace of three steps of two layers, whose kernels overlap by half."""
     layer = ["linear_a", "attention", "linear_b", "linear_c", "linear_d"]
     names = ["next_tokens", "embed", *layer, *layer, "linear_head", "argmax", "accept"]
     return [

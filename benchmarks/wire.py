@@ -1,10 +1,11 @@
 """A client of streamed completions that reads the clock as bytes arrive, and does little else.
 
-It sends prompts as token ids over a kept connection, and keeps what arrives with its time. Events
-are found, and JSON is read, only after the last byte: the client's own work is in no figure. It is
-a process of its own, apart from the server.
+It sends prompts as token ids over a keep-alive connection, and stores the bytes that arrive with
+their times. It finds events and parses JSON only after the last byte, so that its own work is in
+no figure. It runs in another process than the server.
 
-Not a client of any server: of HTTP it knows what a streamed answer needs.
+It implements only the HTTP that hotloop's streamed answers use, so it is no client for other
+servers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class WireError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """An event with tokens: when it arrived (seconds, of ``time.perf_counter``), and how many."""
+    """An event with tokens: the time of its arrival (``time.perf_counter``), and their number."""
 
     at_s: float
     n_tokens: int
@@ -43,7 +44,7 @@ class Streamed:
     """A streamed answer.
 
     Attributes:
-        sent_s: When the request was handed to the socket, as ``time.perf_counter`` has it.
+        sent_s: The time at which the request was written to the socket (``time.perf_counter``).
         pieces: Its events with tokens, in order.
         token_ids: Its tokens.
     """
@@ -99,7 +100,7 @@ class Connection(asyncio.Protocol):
         """Sends a request, and waits for the last byte of its answer.
 
         Returns:
-            When it was sent, and what arrived: pairs of time and bytes.
+            The time of sending, and the bytes that arrived, as pairs of time and bytes.
 
         Raises:
             WireError: The connection ended before the answer did.
@@ -126,9 +127,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._complete is not None and not self._complete.done():
-            said = b"".join(data for _, data in self._arrived)[-300:].decode(errors="replace")
+            received = b"".join(data for _, data in self._arrived)[-300:].decode(errors="replace")
             self._complete.set_exception(
-                WireError(f"the connection ended ({error}) after: {said!r}")
+                WireError(f"the connection ended ({error}) after: {received!r}")
             )
 
 
@@ -143,18 +144,18 @@ def request_bytes(url: str, body: Mapping[str, Any]) -> bytes:
 
 
 def is_whole(data: bytes) -> bool:
-    """Returns whether data are a whole answer that is not streamed, such as an error."""
+    """Returns whether the data are a complete answer that is not streamed, such as an error."""
     head, _, body = data.partition(b"\r\n\r\n")
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
     length = fields.get(b"content-length", b"").strip()
     return length.isdigit() and len(body) >= int(length)
 
 
-class LoneConnection:
-    """A connection whose requests wait in this thread, in the socket itself.
+class BlockingConnection:
+    """A connection whose requests block the thread in the socket's own calls.
 
-    On a machine that has no processor besides the model's, what a client does for a piece delays
-    the next one; this does less than an event loop.
+    If the model uses all processors of a machine, the client's work for a piece delays the next
+    one. Blocking is less work than an event loop.
 
     Args:
         url: The URL of the server.
@@ -166,7 +167,7 @@ class LoneConnection:
         assert parts.hostname is not None, "the URL of a server"
         assert parts.port is not None, "the URL of a server"
         self._socket = socket.create_connection((parts.hostname, parts.port), CONNECT_S)
-        # Not a timeout of Python's, which would be one more system call for each piece.
+        # A timeout in the kernel: one of Python would cost a system call more for each piece.
         self._socket.settimeout(None)
         self._socket.setsockopt(
             socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", round(limit_s), 0)
@@ -201,7 +202,7 @@ class LoneConnection:
 async def complete(
     connection: Connection, base_url: str, prompt: Sequence[int], n: int, **fields: Any
 ) -> Streamed:
-    """Has a prompt answered with ``n`` tokens, streamed, greedily, beyond the end of the text.
+    """Requests a streamed greedy answer of exactly ``n`` tokens; end-of-sequence is ignored.
 
     Args:
         connection: An open connection.
@@ -235,10 +236,10 @@ def streamed(sent_s: float, arrived: Sequence[tuple[float, bytes]], n: int) -> S
     for at_s, event in events(arrived):
         if event == b"[DONE]":
             break
-        said = json.loads(event)
-        if "error" in said:
-            raise WireError(f"the answer ended with {said['error']}")
-        for choice in said["choices"]:
+        chunk = json.loads(event)
+        if "error" in chunk:
+            raise WireError(f"the answer ended with {chunk['error']}")
+        for choice in chunk["choices"]:
             if new := choice.get("token_ids"):
                 pieces.append(Piece(at_s=at_s, n_tokens=len(new)))
                 ids += new

@@ -107,7 +107,7 @@ def test_a_lone_client_reads_to_the_end_or_tells_why_not(bytes_, problem):
         server = threading.Thread(target=serve)
         server.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        connection = wire.LoneConnection(url, HANG_S)
+        connection = wire.BlockingConnection(url, HANG_S)
         if problem is None:
             assert connection.complete(url, [1, 2], 3).token_ids == (5, 6, 7)
         else:

@@ -119,7 +119,7 @@ def test_versions_alternate_and_their_bits_are_compared():
     ]
     assert "".join(asked) == "abbaabba" * 2
     assert [table[0] for table in tables] == ["| us of a step | a | b |"] * 2
-    assert [table[-2] for table in tables] == ["| of the first one's | 100.0% | 50.0% |"] * 2
+    assert [table[-2] for table in tables] == ["| relative to the first | 100.0% | 50.0% |"] * 2
     assert [table[-1] for table in tables] == [
         "| bits | equal | equal |",
         "| bits | equal | DIFFER |",
