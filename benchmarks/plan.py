@@ -54,8 +54,8 @@ from typing import Annotated
 from pydantic import Field
 
 from hotloop.errors import ConfigError, UnknownNameError
-from hotloop.outside import StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
+from hotloop.untrusted import StrictModel, config_error, read_text, validated
 
 ROOT = Path(__file__).parent.parent
 

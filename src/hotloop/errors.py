@@ -48,8 +48,8 @@ class UnknownNameError(ConfigError):
         self.kind, self.name, self.choices = kind, name, sorted(choices)
         guess = did_you_mean(name, self.choices)
         listed = ", ".join(self.choices) or "none are defined"
-        said = f"unknown {kind} {shorten_value(name)}.{guess} Choose from: {listed}."
-        super().__init__(f"{said} {hint}".rstrip())
+        problem = f"unknown {kind} {shorten_value(name)}.{guess} Choose from: {listed}."
+        super().__init__(f"{problem} {hint}".rstrip())
 
 
 class UnsupportedError(HotloopError, ValueError):
@@ -220,8 +220,8 @@ class RankError(HotloopError):
 
     def __init__(self, rank: int, n_ranks: int, problem: str, log: str = "") -> None:
         self.rank, self.n_ranks, self.problem, self.log = rank, n_ranks, problem, log
-        told = f". It wrote last:\n{log}" if log else ""
-        super().__init__(f"rank {rank} of {n_ranks} {problem}{told}")
+        log_lines = f". It wrote last:\n{log}" if log else ""
+        super().__init__(f"rank {rank} of {n_ranks} {problem}{log_lines}")
 
 
 def did_you_mean(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:

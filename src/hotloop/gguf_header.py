@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten_value
-from hotloop.outside import open_file
+from hotloop.untrusted import open_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

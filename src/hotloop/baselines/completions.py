@@ -27,7 +27,7 @@ from hotloop.errors import (
     shorten,
     shorten_value,
 )
-from hotloop.outside import parse_json, validated
+from hotloop.untrusted import parse_json, validated
 
 if TYPE_CHECKING:
     import httpx2

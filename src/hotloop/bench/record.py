@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from hotloop.checked import MAX_COUNT, Count
-from hotloop.outside import StrictModel
+from hotloop.untrusted import StrictModel
 
 SCHEMA_VERSION = 1
 

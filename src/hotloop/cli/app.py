@@ -102,17 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         discard_output()
         name = shorten(os.fsdecode(error.filename)) if error.filename else ""
-        what = name or "input or output failed"  # only errors of opening have the file's name
-        return _failed(error, f"{what}: {error.strerror or error}.")
+        subject = name or "input or output failed"  # only errors of opening have the file's name
+        return _failed(error, f"{subject}: {error.strerror or error}.")
     except MemoryError as error:
         return _failed(error, "this machine has too little memory for this command.")
     except SystemExit:
         raise
     except BaseException as error:  # panics of some libraries are not an Exception
-        said = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+        problem = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
         hint = "" if _wants_traceback() else f" with the traceback that {TRACEBACK}=1 prints"
         return _failed(
-            error, f"{shorten(said, 500)}. This is a bug in hotloop: please report it{hint}."
+            error, f"{shorten(problem, 500)}. This is a bug in hotloop: please report it{hint}."
         )
     return code
 

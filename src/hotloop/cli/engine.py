@@ -78,7 +78,7 @@ class ConversationFormat:
     """
 
     def __init__(self, options: TemplateOptions) -> None:
-        from hotloop.outside import config_error, read_text
+        from hotloop.untrusted import config_error, read_text
 
         self._variables, self._file = options.variables(), options.chat_template
         self._own = bool(options.given())

@@ -99,11 +99,11 @@ def info(
     return 0
 
 
-_BUILT = " (the first time, this builds the CPU kernels)"
+_MAY_BUILD = " (the first time, this builds the CPU kernels)"
 
 
 def _forecasting(model: str) -> str:
-    return f"{model}: forecasting its memory{_BUILT}"
+    return f"{model}: forecasting its memory{_MAY_BUILD}"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -121,7 +121,7 @@ def describe_machine() -> dict[str, Any]:
         with long_step(f"Measuring the read bandwidth of {device}"):
             provenances.append(hardware.provenance(device))
     first, *_ = provenances
-    with long_step(f"Finding the execution modes that run here{_BUILT}"):
+    with long_step(f"Finding the execution modes that run here{_MAY_BUILD}"):
         found = [
             {
                 "device": str(device),
@@ -328,7 +328,7 @@ def _by_kind(values: Iterable[tuple[int, object]]) -> str:
     return ", ".join(f"{value} in {n} layers" for value, n in counts.items())
 
 
-def _split(ranks: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _rank_pairs(ranks: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Returns headings and texts for the shards of ranks, in the order of ranks."""
     if len(ranks) < 2:
         return []
@@ -367,7 +367,7 @@ def _show_model(about: dict[str, Any]) -> None:
             ("vocabulary", f"{about['vocab_size']:,}, tied: {_yes(about['tie_embeddings'])}"),
             ("context", f"{about['max_position']:,} tokens"),
             ("sliding window", _by_kind((n, a["window"] or "none") for n, a, _ in kinds)),
-            *_split(about["ranks"]),
+            *_rank_pairs(about["ranks"]),
             ("cache", f"{cache / 2**10:,.1f} KiB per token{each}, {about['activation_dtype']}"),
         ]
     )

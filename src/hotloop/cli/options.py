@@ -86,10 +86,10 @@ def lever_option(name: str, text: str | None = None, default: str | None = None)
         text: The help, if a command takes other values; None for the lever's help.
         default: The default in words, if a command has another; None for the lever's default.
     """
-    of = LEVERS[name]
+    lever = LEVERS[name]
     make = integer if _is_number(name) else option
-    words = default or of.default
-    return make(_GROUPS[of.group or "Model"], text or of.help, words, **_alias(of))
+    words = default or lever.default
+    return make(_GROUPS[lever.group or "Model"], text or lever.help, words, **_alias(lever))
 
 
 def _is_number(name: str) -> bool:
@@ -100,8 +100,8 @@ def _is_real_number(name: str) -> bool:
     return float in get_args(_HINTS[name])
 
 
-def _alias(of: Lever) -> dict[str, Any]:
-    return {} if of.alias is None else {"alias": of.alias}
+def _alias(lever: Lever) -> dict[str, Any]:
+    return {} if lever.alias is None else {"alias": lever.alias}
 
 
 def _with_choices(name: str) -> str:
@@ -161,14 +161,14 @@ class _ManyEngines(_Options):
     def matrix(self) -> dict[str, list[Any]]:
         """Returns the levers with several values, given or by default."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        by_default = {name: one.sweep for name, one in LEVERS.items() if one.sweep}
-        said = {name: _values(name, text) for name, text in (by_default | given).items()}
-        return {name: values for name, values in said.items() if len(values) > 1}
+        by_default = {name: lever.sweep for name, lever in LEVERS.items() if lever.sweep}
+        axes = {name: _values(name, text) for name, text in (by_default | given).items()}
+        return {name: values for name, values in axes.items() if len(values) > 1}
 
     def defaults(self) -> dict[str, Any]:
         """Returns the levers that were given with one value, for all engines."""
-        said = {name: _values(name, text) for name, text in self.given().items()}
-        return {name: values[0] for name, values in said.items() if len(values) == 1}
+        axes = {name: _values(name, text) for name, text in self.given().items()}
+        return {name: values[0] for name, values in axes.items() if len(values) == 1}
 
 
 def listed(text: str) -> list[str]:
@@ -216,9 +216,9 @@ def _served_value(name: str) -> tuple[str, Any, Any]:
 
 
 def _several_values(name: str) -> tuple[str, Any, Any]:
-    of = LEVERS[name]
-    default = of.sweep or of.default or str(getattr(EngineConfig, name))
-    parameter = option(MATRIX, _with_choices(name), default, **_alias(of))
+    lever = LEVERS[name]
+    default = lever.sweep or lever.default or str(getattr(EngineConfig, name))
+    parameter = option(MATRIX, _with_choices(name), default, **_alias(lever))
     return name, Annotated[str | None, parameter], field(default=None)
 
 
@@ -236,7 +236,7 @@ _SERVED_WORDS = {name: str(value) for name, value in SERVED_DEFAULTS.items()}
 _SERVED_WORDS["prefill_chunk"] = f"{MIN_PREFILL_CHUNK}, on a CPU {EXACT_CPU_CHUNK}"
 """A server's defaults in words. ``setup.served_prefill_chunk`` decides the prefill chunk."""
 
-LEVERS_WITH_OPTIONS = tuple(name for name, of in LEVERS.items() if of.group is not None)
+LEVERS_WITH_OPTIONS = tuple(name for name, lever in LEVERS.items() if lever.group is not None)
 """The levers with an option of their own."""
 
 if TYPE_CHECKING:
@@ -517,7 +517,7 @@ class SamplingOptions(_Options):
 
 
 def _grammar(kind: GrammarKind, file: Path) -> Grammar:
-    from hotloop.outside import config_error, read_text
+    from hotloop.untrusted import config_error, read_text
 
     return Grammar(kind=kind, source=read_text(file, limit=MAX_GRAMMAR_BYTES, refuse=config_error))
 

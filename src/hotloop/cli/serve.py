@@ -124,9 +124,9 @@ class ServerOptions:
         Raises:
             ConfigError: A value cannot be used.
         """
-        from hotloop.outside import config_error, read_text
         from hotloop.serve.settings import ServerSettings
         from hotloop.serve.tools import check_name
+        from hotloop.untrusted import config_error, read_text
 
         check_name(self.tool_parser)
         if not 0 <= self.port <= 65535:

@@ -136,15 +136,15 @@ def sweep(
     from hotloop.sweep.store import RECORDS
 
     if model is not None and model.endswith((".yaml", ".yml")):
-        said = [*weights.given(), *matrix.given(), *workload.given(), *quality.given()]
-        said += ["no_quality"] * no_quality + ["timeout_s"] * (timeout_s is not None)
-        if fixed := [name for name in said if name not in ("weights", "shape")]:
+        given = [*weights.given(), *matrix.given(), *workload.given(), *quality.given()]
+        given += ["no_quality"] * no_quality + ["timeout_s"] * (timeout_s is not None)
+        if fixed := [name for name in given if name not in ("weights", "shape")]:
             raise ConfigError(f"{_flags(fixed)} cannot be given with a recipe: set it in {model}.")
         recipe = _recipe(model, weights, replacement)
     else:
-        if given := replacement.given():
+        if replaced := replacement.given():
             raise ConfigError(
-                f"{_flags(given)} can be given only with a recipe. Without one, give "
+                f"{_flags(replaced)} can be given only with a recipe. Without one, give "
                 "MODEL, and the draft model to --draft."
             )
         name, axes = weights.model(model), matrix.matrix()

@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hotloop.errors import RequestError, UnsupportedError, shorten
-from hotloop.outside import parse_json
 from hotloop.types import Grammar, GrammarKind
+from hotloop.untrusted import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

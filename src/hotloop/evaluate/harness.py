@@ -20,8 +20,8 @@ import yaml
 
 from hotloop.errors import ConfigError, UnsupportedError, shorten, shorten_value
 from hotloop.evaluate.tasks import OnItem
-from hotloop.outside import config_error, open_file, read_text
 from hotloop.types import Engine
+from hotloop.untrusted import config_error, open_file, read_text
 
 MAX_FILE_BYTES = 2**24
 """The largest YAML file of a task."""

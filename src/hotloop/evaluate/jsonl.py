@@ -27,8 +27,8 @@ from pydantic import Field, model_validator
 from hotloop.errors import ConfigError
 from hotloop.evaluate.likelihood import Likelihood, TextEncoder, score_windows
 from hotloop.evaluate.tasks import OnItem
-from hotloop.outside import StrictModel, config_error, parse_json, read_text, validated
 from hotloop.types import Engine
+from hotloop.untrusted import StrictModel, config_error, parse_json, read_text, validated
 
 MAX_FILE_BYTES = 2**28
 

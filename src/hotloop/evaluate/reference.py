@@ -35,9 +35,9 @@ from torch import Tensor
 
 from hotloop.checked import Count
 from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_value
-from hotloop.outside import StrictModel, parse_json, validated
 from hotloop.safetensors_file import SafetensorsFile
 from hotloop.types import Score
+from hotloop.untrusted import StrictModel, parse_json, validated
 from hotloop.writing import replacing
 
 FORMAT = "hotloop-reference-2"

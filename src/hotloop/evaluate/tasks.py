@@ -21,8 +21,8 @@ from hotloop.bench.paired import (
 from hotloop.bench.record import TaskFigures, Verdict
 from hotloop.bench.statistics import answers_figure
 from hotloop.errors import CheckpointError, ConfigError, shorten_value
-from hotloop.outside import StrictModel, parse_json, read_bytes, validated
 from hotloop.types import MAX_ACCURACY_LOSS, Engine
+from hotloop.untrusted import StrictModel, parse_json, read_bytes, validated
 from hotloop.writing import write_whole
 
 TASKS = {

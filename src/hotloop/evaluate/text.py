@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotloop.outside import config_error, decode, parse_json, read_bytes
+from hotloop.untrusted import config_error, decode, parse_json, read_bytes
 
 MAX_TEXT_BYTES = 2**30
 """The largest file that is read; windows are taken from the beginning of a text."""

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from hotloop.checked import Count
 from hotloop.errors import UnsupportedError, shorten_value
 from hotloop.models.config import RopeConfig
-from hotloop.outside import StrictModel, config_error, validated
+from hotloop.untrusted import StrictModel, config_error, validated
 
 _Factor = Annotated[float, Field(ge=1e-3, le=1e38)]
 """Divisor of a rotary frequency; a very large one means no rotation at all."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from hotloop.errors import UnsupportedError, shorten_value
-from hotloop.outside import StrictModel, config_error, validated
+from hotloop.untrusted import StrictModel, config_error, validated
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hotloop.bench.record import Record
-from hotloop.outside import config_error
 from hotloop.sweep.store import RECORDS, read_file
+from hotloop.untrusted import config_error
 
 
 def read_records(

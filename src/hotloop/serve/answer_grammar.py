@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hotloop.errors import RequestError
-from hotloop.outside import parse_json
 from hotloop.serve.reasoning import Markers
 from hotloop.serve.structured_output import quoted
 from hotloop.serve.tool_use import Tool, ToolUse
 from hotloop.serve.tools import HermesParser, Llama3Parser, MistralParser, ToolParser
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import Grammar
+from hotloop.untrusted import parse_json
 
 _JSON_STYLE = {
     "whitespace_flexible": False,

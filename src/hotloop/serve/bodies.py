@@ -10,9 +10,9 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from hotloop.errors import shorten, shorten_value
-from hotloop.outside import is_deeper
 from hotloop.serve.errors import ApiError
 from hotloop.serve.settings import ServerSettings
+from hotloop.untrusted import is_deeper
 
 T = TypeVar("T", bound=BaseModel)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from hotloop.outside import MAX_DEPTH, MAX_NUMBER_CHARS
+from hotloop.untrusted import MAX_DEPTH, MAX_NUMBER_CHARS
 
 SPACE = " \t\n\r"
 """Whitespace between the tokens of JSON."""

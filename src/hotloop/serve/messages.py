@@ -162,15 +162,15 @@ def _with_definitions(
 ) -> list[Message]:
     """Writes the definitions of tools into the system message."""
     definitions = "\n".join(_as_json(tool.definition) for tool in tools)
-    told = (
+    instructions = (
         f"These tools can be called:\n<tools>\n{definitions}\n</tools>\n"
         "To call a tool, answer with its name and its arguments in JSON, in this form:\n"
         f"{parser.format_calls([('NAME', '{…}')])}"
     )
     first, *others = messages
     if first["role"] != "system":
-        return [{"role": "system", "content": told}, *messages]
-    content = "\n\n".join(filter(None, [first["content"], told]))
+        return [{"role": "system", "content": instructions}, *messages]
+    content = "\n\n".join(filter(None, [first["content"], instructions]))
     return [{**first, "content": content}, *others]
 
 

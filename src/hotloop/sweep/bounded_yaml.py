@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from hotloop.errors import shorten, shorten_value
-from hotloop.outside import Refuse, config_error
+from hotloop.untrusted import Refuse, config_error
 
 MAX_DEPTH = 20
 """The most levels of nested lists and mappings."""

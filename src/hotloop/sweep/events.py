@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from hotloop.bench.record import Provenance, Record
 from hotloop.errors import HotloopError, shorten_value
-from hotloop.outside import parse_json
+from hotloop.untrusted import parse_json
 
 Phase = Literal["start", "predict", "load", "speed", "quality", "tasks", "reference"]
 """The phase of a cell: starting its process, predicting memory, loading (with compilation and

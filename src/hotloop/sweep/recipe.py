@@ -63,9 +63,9 @@ from hotloop.checked import MAX_COUNT, Range
 from hotloop.errors import ConfigError, UnknownNameError, shorten, shorten_value
 from hotloop.evaluate.perplexity import Protocol
 from hotloop.evaluate.tasks import resolve_task
-from hotloop.outside import Place, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
 from hotloop.types import OWN_ENGINE, EngineConfig, WeightSource, is_draft_model, levers
+from hotloop.untrusted import Place, StrictModel, config_error, read_text, validated
 from hotloop.writing import check_component
 
 MAX_RECIPE_BYTES = 256 * 2**10

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from hotloop.bench.record import SCHEMA_VERSION, Record
 from hotloop.errors import ConfigError, shorten, shorten_value
-from hotloop.outside import config_error, open_file, parse_json, validated
+from hotloop.untrusted import config_error, open_file, parse_json, validated
 from hotloop.writing import append_line, opened_to_append
 
 RECORDS = "records.jsonl"

@@ -39,9 +39,9 @@ from hotloop.errors import (
     shorten,
     shorten_value,
 )
-from hotloop.outside import read_bytes
 from hotloop.text.config_files import Token, TokenizerConfig
 from hotloop.text.control_tokens import any_of
+from hotloop.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from tokenizers.decoders import Decoder

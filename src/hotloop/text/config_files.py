@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from hotloop import outside
+from hotloop import untrusted
 from hotloop.checked import MAX_COUNT
 from hotloop.errors import shorten_value
-from hotloop.outside import StrictModel, TokenId, validated
+from hotloop.untrusted import StrictModel, TokenId, validated
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -47,8 +47,8 @@ def read_optional_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is not JSON, or holds something other than an object.
     """
-    text = outside.read_text(file) if path_exists(file) else ""
-    return outside.parse_json(text, file) if text.strip() else {}
+    text = untrusted.read_text(file) if path_exists(file) else ""
+    return untrusted.parse_json(text, file) if text.strip() else {}
 
 
 def path_exists(file: Path) -> bool:
@@ -273,7 +273,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
         config = {**config, **older}
     if config.get("tokenizer_class") is None:
         file = folder / MODEL_CONFIG
-        model = outside.unnest(read_optional_json(file), file)
+        model = untrusted.unnest(read_optional_json(file), file)
         for name in (model.get("tokenizer_class"), _class_of_model(model.get("model_type"))):
             if isinstance(name, str):
                 config["tokenizer_class"] = name
@@ -319,5 +319,5 @@ def read_end_ids(file: Path) -> frozenset[int]:
         HotloopError: The file is not JSON, the key holds something else, or ``text_config`` holds
             another value than the object around it.
     """
-    keys = outside.unnest(read_optional_json(file), file)
+    keys = untrusted.unnest(read_optional_json(file), file)
     return frozenset(validated(_EndIds, keys, file).eos_token_id or ())

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from hotloop.errors import RequestError, shorten_value
-from hotloop.outside import MAX_DEPTH
+from hotloop.untrusted import MAX_DEPTH
 
 MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 """Candidates for the mark: Unicode's noncharacters, which are not meant for interchange."""

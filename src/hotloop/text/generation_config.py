@@ -16,9 +16,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationInfo
 from hotloop.checked import range_of
 from hotloop.errors import shorten_value
 from hotloop.gguf_header import model_parts, read_gguf_header
-from hotloop.outside import StrictModel, file_kind, validated
 from hotloop.text.config_files import GENERATION_CONFIG, read_optional_json
 from hotloop.types import SamplingParams
+from hotloop.untrusted import StrictModel, file_kind, validated
 from hotloop.writing import write_json
 
 _GGUF_KEYS = {

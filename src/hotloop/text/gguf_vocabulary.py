@@ -21,7 +21,6 @@ from sentencepiece.sentencepiece_model_pb2 import (
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from hotloop.errors import CheckpointError, UnknownNameError, UnsupportedError, shorten_value
-from hotloop.outside import StrictModel, validated
 from hotloop.text.backends import (
     Backend,
     JsonBackend,
@@ -42,6 +41,7 @@ from hotloop.text.end_markers import (
     END_MARKERS,
     end_ids_by_spelling,
 )
+from hotloop.untrusted import StrictModel, validated
 
 _PREFIX = "tokenizer.ggml."
 

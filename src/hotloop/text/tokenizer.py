@@ -15,7 +15,6 @@ from typing import Any
 
 from hotloop.errors import CheckpointError, RequestError, UnsupportedError
 from hotloop.gguf_header import model_parts, read_gguf_header
-from hotloop.outside import file_kind, read_text, validated
 from hotloop.text.backends import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -44,6 +43,7 @@ from hotloop.text.end_markers import end_ids_by_spelling
 from hotloop.text.generation_config import write_generation_config
 from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
 from hotloop.types import ChatPrompt
+from hotloop.untrusted import file_kind, read_text, validated
 from hotloop.writing import write_json
 
 _CHAT_TEMPLATE_FILE = "chat_template.jinja"

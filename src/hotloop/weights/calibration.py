@@ -28,11 +28,11 @@ from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Block, Decoder
 from hotloop.models.linear import Linear
-from hotloop.outside import config_error, decode, read_bytes
 from hotloop.printable import printable
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.quant.none import NoScheme
 from hotloop.text.tokenizer import Tokenizer
+from hotloop.untrusted import config_error, decode, read_bytes
 from hotloop.weights.checkpoint import Checkpoint
 from hotloop.weights.identity import CalibrationText, Quantization, read_quantization
 from hotloop.weights.load import OnLayer, load_weights

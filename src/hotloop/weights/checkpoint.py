@@ -21,7 +21,7 @@ from hotloop.gguf_header import is_gguf
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
-from hotloop.outside import file_kind
+from hotloop.untrusted import file_kind
 from hotloop.weights.gguf import GGUFCheckpoint
 from hotloop.weights.identity import StoredForm, StoredType, read_quantization
 from hotloop.weights.safetensors import SafetensorsCheckpoint

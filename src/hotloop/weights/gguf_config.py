@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from hotloop.checked import Count
 from hotloop.errors import UnsupportedError, shorten, shorten_value
-from hotloop.outside import StrictModel, validated
+from hotloop.untrusted import StrictModel, validated
 
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",

@@ -34,7 +34,7 @@ from pydantic import Field
 
 from hotloop.errors import UnsupportedError
 from hotloop.gguf_header import model_parts
-from hotloop.outside import StrictModel, config_error, open_file, validated
+from hotloop.untrusted import StrictModel, config_error, open_file, validated
 
 SINGLE_FILE = "model.safetensors"
 """The file with all of a model's weights. Other safetensors files beside it are other layouts of

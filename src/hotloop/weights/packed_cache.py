@@ -32,7 +32,7 @@ from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_v
 from hotloop.kernels.cpu.huge_pages import in_huge_pages
 from hotloop.kernels.linear import KernelFormat, LinearSpec
 from hotloop.models.linear import Embedding, Linear
-from hotloop.outside import StrictModel, parse_json, read_json, validated
+from hotloop.untrusted import StrictModel, parse_json, read_json, validated
 from hotloop.weights.identity import checkpoint_files, hash_checkpoint
 from hotloop.weights.read_ahead import ReadAhead
 from hotloop.weights.tensor_file import TensorFile, reading_threads

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
-from hotloop.outside import config_error, parse_json, read_json, unnest
+from hotloop.untrusted import config_error, parse_json, read_json, unnest
 from hotloop.weights.identity import DESCRIPTION_KEYS, QUANTIZATION_FILES, SINGLE_FILE
 from hotloop.weights.tensor_file import (
     TensorFile,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError
-from hotloop.outside import open_file
+from hotloop.untrusted import open_file
 
 CHUNK_BYTES = 8 * 2**20
 """Bytes that are read at once of a tensor that is sliced or dequantized."""

@@ -15,8 +15,8 @@ from typing import Any
 from hotloop.errors import UnknownNameError, shorten_value
 from hotloop.models.config import LayerConfig, ModelConfig, RopeConfig
 from hotloop.models.keys import ModelKeys, WindowKeys, read_keys
-from hotloop.outside import config_error
 from hotloop.registry import resolve
+from hotloop.untrusted import config_error
 
 FAMILIES = {
     "LlamaForCausalLM": "hotloop.models.families.llama:FAMILY",

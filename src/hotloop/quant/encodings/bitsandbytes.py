@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
-from hotloop.outside import StrictModel, parse_json, validated
 from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
 from hotloop.quant.qtensor import QTensor
+from hotloop.untrusted import StrictModel, parse_json, validated
 
 WEIGHT, TABLE, ABSMAX = ".weight", ".weight.quant_map", ".weight.absmax"
 NESTED_ABSMAX, NESTED_TABLE = ".weight.nested_absmax", ".weight.nested_quant_map"

@@ -14,10 +14,10 @@ from malformed import Case, check, parametrize
 from pydantic import Field
 from waiting import HANG_S
 
-from hotloop import outside
+from hotloop import untrusted
 from hotloop.checked import Count
 from hotloop.errors import CheckpointError, ConfigError, UnknownNameError, shorten_value
-from hotloop.outside import StrictModel, read_json, validated
+from hotloop.untrusted import StrictModel, read_json, validated
 
 
 class Shape(StrictModel):
@@ -95,7 +95,7 @@ def bad_json() -> list[Case]:
         "latin-1": '{"size": "é"}'.encode("latin-1"),
         "surrogate": b'{"size": "\\ud800"}',
         "zeros": bytes(100),
-        "large": b'{"size": "' + b"x" * outside.DEFAULT_LIMIT_BYTES + b'"}',
+        "large": b'{"size": "' + b"x" * untrusted.DEFAULT_LIMIT_BYTES + b'"}',
     }
     return [
         Case(
@@ -140,7 +140,7 @@ def not_files() -> list[Case]:
     return [
         Case(f"{reader.__name__}-{label}", lambda folder, r=reader, m=make: r(m(folder)), (said,))
         for label, (make, said) in makers.items()
-        for reader in (read_json, outside.read_text)
+        for reader in (read_json, untrusted.read_text)
     ]
 
 
@@ -175,7 +175,7 @@ def test_an_unreadable_file_is_refused(tmp_path):
 )
 def test_an_error_names_file_key_value_and_what_is_right(keys, said):
     with pytest.raises(ConfigError) as raised:
-        validated(Sheet, GOOD | keys, "f.json", refuse=outside.config_error)
+        validated(Sheet, GOOD | keys, "f.json", refuse=untrusted.config_error)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
