@@ -133,11 +133,14 @@ def test_answers_that_cannot_be_compared_are_undecided_with_the_reason():
         (a, record("a/eager", 100.0), "B answered no tasks"),
         (record("a/eager", 100.0), a, "A answered no tasks"),
         (a, answering({"t": answers(1000)}, items="others"), "they answered different items"),
-        (guessing, guessing, "A is no better than guessing"),
+        (guessing, guessing, "A is not shown to be better than guessing"),
     ):
         found = compared([before], [after])
         assert found.verdict == "undecided"
         assert found.cells[0].quantities[1].why == why
+    assert found.cells[0].notes == (
+        "t: A is not shown to be better than guessing, so no loss can be shown",
+    )
 
 
 def test_what_cannot_be_compared_is_undecided_with_its_reason():

@@ -80,7 +80,8 @@ def test_few_windows_the_floor_and_tasks_at_chance_are_told():
     said = make_table([record(kl_floor=mean_figure([2e-5, 2e-5]), tasks=(guess,))]).remarks
     assert any(line.startswith("Only 3 windows") for line in said)
     assert any("floor of KL" in line and "2.0e-05" in line for line in said)
-    assert any(line.startswith("guess: the reference is no better than guessing") for line in said)
+    (line,) = [line for line in said if line.startswith("guess: ")]
+    assert "the reference is not shown to be better than guessing, so no loss" in line
 
 
 def test_generated_tokens_that_scoring_would_not_choose_are_told():
@@ -102,10 +103,11 @@ def test_details_show_tasks_depths_protocols_and_quantiles():
         compared=compare_answers([Flips(worse=3, better=1, n=100)], 0.0092),
     )
     depth = DepthFigures(start=1, end=1024, perplexity=mean_figure([9.0, 9.0]))
+    guess = task.model_copy(update={"task": "guess", "at_chance": True})
     shown = dict(
         details(
             record(
-                tasks=(task,),
+                tasks=(task, guess),
                 by_depth=(depth,),
                 other_perplexities={"llama.cpp": mean_figure([11.0, 12.0])},
                 kl_mean=mean_figure([0.006, 0.007, 0.008]),
@@ -117,6 +119,7 @@ def test_details_show_tasks_depths_protocols_and_quantiles():
     )
     assert shown["arc"].startswith("90.0% right of 100, reference 92.0%; 3 worse, 1 better")
     assert "McNemar p = 0.62" in shown["arc"]
+    assert shown["guess"].endswith("; reference not shown to be better than guessing")
     assert shown["positions 1 to 1,023"] == "ppl 9.000"
     assert shown["ppl (llama.cpp)"].startswith("11.5")
     assert shown["mean KL ± SE"] == "0.0070 ± 0.00058"

@@ -93,7 +93,7 @@ class PairedTask:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the reference is not shown to be better than guessing: no accuracy to lose."""
+        """Whether the reference is not shown to be better than guessing: no loss could show."""
         return wilson_interval(self.accuracy, len(self.reference))[0] <= (self.chance or 0.0)
 
     @property
@@ -138,7 +138,7 @@ def compare_over_tasks(
     """Compares answers over all tasks together, stratified by task.
 
     Args:
-        tasks: The tasks. Those at chance are left out.
+        tasks: The tasks. Those that are ``at_chance`` are left out.
         margin_share: The loss that would matter, as a share of the reference's accuracy.
 
     Returns:

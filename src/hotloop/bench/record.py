@@ -160,7 +160,8 @@ class Verdict(NonInferiority):
     """The comparison over all tasks together, stratified by task.
 
     Attributes:
-        tasks: The included tasks: those in which the reference is better than chance.
+        tasks: The included tasks: those in which the reference is shown to be better than
+            guessing.
     """
 
     tasks: Annotated[tuple[Name, ...], Field(strict=False)]

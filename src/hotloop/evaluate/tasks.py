@@ -187,12 +187,12 @@ def compare_tasks(
     """Compares answers with the reference's, task by task and over all tasks.
 
     The margin of every comparison is ``MAX_ACCURACY_LOSS`` of the reference's accuracy. A task in
-    which the reference is not shown to be better than chance is flagged, and not part of the
-    verdict: there is no accuracy to lose.
+    which the reference is not shown to be better than guessing is flagged, and not part of the
+    verdict: no loss could be shown.
 
     Returns:
-        Each task's figures, and the verdict; None without a reference, or if every task is at
-        chance.
+        Each task's figures, and the verdict; None without a reference, or if every task is
+        ``at_chance``.
     """
     figures, paired = [], []
     for i, (task, right) in enumerate(zip(tasks, answers, strict=True)):

@@ -38,7 +38,7 @@ from hotloop.report.differences import (
     speed_difference,
 )
 from hotloop.report.numbers import significant
-from hotloop.report.quality import format_needed
+from hotloop.report.quality import AT_CHANCE, format_needed
 from hotloop.report.read import latest, read_records
 from hotloop.report.recommend import why_uncertain
 from hotloop.types import MAX_ACCURACY_LOSS
@@ -340,7 +340,7 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Compar
         elif not tasks:
             why = "they answered different items"
         else:
-            why = "A is no better than guessing"
+            why = f"A is {AT_CHANCE}"
         return ComparedQuantity(quantity="accuracy", verdict="undecided", why=why)
     strata = [task.flips for task in tasks if task.name in found.tasks]
     unknown = sorted({task.task for task in a.tasks} - {task.name for task in tasks})
@@ -431,7 +431,7 @@ def _notes_on_answers(
         return
     tasks = _paired_tasks(a, b)
     if alike := [task.name for task in tasks if task.at_chance]:
-        yield f"{', '.join(alike)}: A is no better than guessing, so no loss can be measured"
+        yield f"{', '.join(alike)}: A is {AT_CHANCE}, so no loss can be shown"
     paired = {task.name for task in tasks}
     if unpaired := {task.task for task in (*a.tasks, *b.tasks)} - paired:
         yield f"the items of {', '.join(sorted(unpaired))} differ, so they are left out"

@@ -13,6 +13,9 @@ ENOUGH_WINDOWS = 20
 
 ALPHA = 0.05
 
+AT_CHANCE = "not shown to be better than guessing"
+"""What is said of a reference in a task ``at_chance``: its accuracy may still be above chance."""
+
 
 def format_accuracy_loss(compared: NonInferiority) -> str:
     """Formats the accuracy lost, and its one-sided 95 % upper limit: ``0.5% (at most 1.2%)``."""
@@ -86,8 +89,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
     at_chance = {task.task for record in records for task in record.tasks if task.at_chance}
     if at_chance:
         sentences.append(
-            f"{', '.join(sorted(at_chance))}: the reference is no better than guessing, so no loss "
-            "can be measured. The verdict leaves it out."
+            f"{', '.join(sorted(at_chance))}: the reference is {AT_CHANCE}, so no loss can be "
+            "shown. The verdict leaves it out."
         )
     sentences += [note for record in records if (note := _greedy(record))]
     return sentences
@@ -135,7 +138,7 @@ def _task(task: TaskFigures) -> str:
     c = task.compared
     shown += f", reference {percent(task.reference_accuracy or 0, 1)}; {c.worse} worse, {c.better} "
     shown += f"better (McNemar p = {significant(c.mcnemar_p, 2)}); lost {format_accuracy_loss(c)}"
-    return f"{shown}; {'at chance' if task.at_chance else format_outcome(c)}"
+    return f"{shown}; {f'reference {AT_CHANCE}' if task.at_chance else format_outcome(c)}"
 
 
 def _greedy(record: Record) -> str | None:
