@@ -104,6 +104,14 @@ def test_a_reference_with_another_key_is_refused_with_the_difference(
         Reference(path, key_of(windows, V).model_copy(update=change))
 
 
+def test_progress_counts_the_windows_of_the_floor_too(tmp_path, engine, windows, key_of):
+    told, key = [], key_of(windows, V)
+    write_reference(engine, windows, tmp_path / "ref", key, lambda *progress: told.append(progress))
+    total = len(windows) + key.n_floor
+    assert told == [(done, total) for done in range(1, total + 1)]
+    assert key.n_floor > 0
+
+
 def test_a_half_written_reference_is_never_there(tmp_path, bigram, engine, windows, key_of):
     path, key = tmp_path / "ref", key_of(windows, V)
 

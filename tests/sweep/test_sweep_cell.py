@@ -143,6 +143,23 @@ def test_what_the_timed_engine_generates_is_compared_with_its_scores(tmp_path):
     assert greedy.gap_max > 0
 
 
+def test_progress_names_the_phase_that_runs_after_the_windows_are_scored(tmp_path, monkeypatch):
+    events = []
+    generate = ScoringEngine.generate
+
+    def watched(engine, prompts, params):
+        events.append(None)
+        return generate(engine, prompts, params)
+
+    monkeypatch.setattr(ScoringEngine, "generate", watched)
+    run_cell(job(tmp_path, "int8"), events.append)
+    phases = [e and e.phase for e in events if e is None or isinstance(e, CellPhase)]
+    answers = phases[phases.index("quality") :]
+    n = answers.count(None)
+    assert answers == ["quality"] * 6 + ["greedy"] + [None] * n + ["greedy"] * n
+    assert n > 1
+
+
 def test_speed_and_quality_stand_in_one_record(tmp_path):
     events = []
     record = run_cell(compared(tmp_path, "int8"), events.append)

@@ -137,8 +137,10 @@ def measure_quality(
             reference_nll.append(-reference.token_logprobs[index].double())
             kl.append(_finite(_window_kl(score, reference, index), "divergences", index))
             same_top1.append(score.top1.cpu() == reference.top1[index])
+        if on_window:
+            on_window(index + 1, len(windows))
 
-    _score_each(engine, windows, add, full=reference is not None, on_window=on_window)
+    _score_each(engine, windows, add, full=reference is not None)
     figures = _Figures(nll, reference_nll, kl, same_top1, partial, articles)
     whole = figures.between(1, len(windows[0]))
     if reference is None:
@@ -210,7 +212,7 @@ def write_reference(
 
     The beginnings of some windows are scored twice, the second time in shorter windows, whose
     matrix products have other shapes. The divergence between the two is the floor: a smaller
-    divergence cannot be distinguished from rounding.
+    divergence cannot be distinguished from rounding. ``on_window`` counts these windows too.
 
     Raises:
         ConfigError: There are no windows, their lengths differ, or they contradict ``key``.
@@ -219,6 +221,11 @@ def write_reference(
     _check_windows(windows)
     n = max(2, min(len(windows[0]) // 2, MAX_FLOOR_TOKENS))
     stored: list[Tensor] = []
+
+    def tell(n_done: int) -> None:
+        if on_window:
+            on_window(n_done, len(windows) + key.n_floor)
+
     with ReferenceWriter(path, key, windows).open() as writer:
 
         def add(index: int, score: Score) -> None:
@@ -226,15 +233,17 @@ def write_reference(
             writer.add(score)
             if index < key.n_floor:
                 stored.append(shifted_float16(full_log_probs(score, key.vocab_size)[: n - 1]).cpu())
+            tell(index + 1)
 
         def add_floor(index: int, score: Score) -> None:
             log_q_TV = full_log_probs(score, key.vocab_size)
             kl = kl_divergence(stored[index].float(), log_q_TV.cpu())
             writer.floor.append(_finite(kl, "divergences", index).mean().item())
+            tell(len(windows) + index + 1)
 
-        _score_each(engine, windows, add, full=True, on_window=on_window)
+        _score_each(engine, windows, add, full=True)
         beginnings = [window[:n] for window in windows[: key.n_floor]]
-        _score_each(engine, beginnings, add_floor, full=True, on_window=None)
+        _score_each(engine, beginnings, add_floor, full=True)
     return Reference(path, key)
 
 
@@ -266,15 +275,12 @@ def _score_each(
     consume: Callable[[int, Score], None],
     *,
     full: bool,
-    on_window: OnWindow | None,
 ) -> None:
     scores = iter(engine.score(windows, full=full))
     for index in range(len(windows)):
         # No variable, zip or enumerate may hold this score while the engine makes the next one:
         # its distributions can be gigabytes.
         consume(index, next(scores))
-        if on_window:
-            on_window(index + 1, len(windows))
 
 
 def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:

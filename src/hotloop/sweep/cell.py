@@ -334,7 +334,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     place = f" {job.reference_place}" if job.reference_place else ""
     model = f" of {job.reference_model}" if job.reference_model else ""
     compared = f"{scheme}/eager {reference.key.dtype}{place}{model}" if reference else None
-    return {
+    figures = {
         "quality_protocol": protocol.model_copy(update={"reference": compared}),
         "quality_reason": None if reference else why_none,
         **vars(quality),
@@ -346,9 +346,10 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
             limit=job.quality.n_windows,
             on_window=attempt.progress,
         ),
-        "greedy": greedy_agreement(engine, windows),
-        **_answers(attempt, engine),
     }
+    attempt.enter("greedy")
+    figures["greedy"] = greedy_agreement(engine, windows, attempt.progress)
+    return figures | _answers(attempt, engine)
 
 
 def _answers(attempt: _Attempt, engine: Engine) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from hotloop.bench.record import Provenance, Record
 from hotloop.errors import HotloopError, shorten_value
 from hotloop.untrusted import parse_json
 
-Phase = Literal["start", "predict", "load", "speed", "quality", "tasks", "reference"]
+Phase = Literal["start", "predict", "load", "speed", "quality", "greedy", "tasks", "reference"]
 """The phase of a cell: starting its process, predicting memory, loading (with compilation and
-warm-up), timing, scoring, answering tasks; or, for the reference, scoring and storing the
-distributions."""
+warm-up), timing, scoring, comparing greedy answers with scores, answering tasks; or, for the
+reference, scoring and storing the distributions."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ DOING: dict[Phase, str] = {
     "load": "loading, compiling, warming up",
     "speed": "timing",
     "quality": "scoring",
+    "greedy": "checking greedy answers",
     "tasks": "answering tasks",
     "reference": "scoring",
 }
