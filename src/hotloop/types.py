@@ -942,8 +942,22 @@ class Engine(Protocol):
         """
         ...
 
-    def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
-        """Scores windows of token ids, in their order; ``full`` adds whole distributions."""
+    def score(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        full: bool = False,
+        share_prefixes: bool = False,
+    ) -> Iterator[Score]:
+        """Scores windows of token ids, in their order.
+
+        Args:
+            windows: The windows.
+            full: Also return the whole distribution at each position. This does not change a bit
+                of the other scores.
+            share_prefixes: The engine may compute the beginning that consecutive windows have in
+                common once, which may change the rounding of scores.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:

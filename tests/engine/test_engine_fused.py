@@ -666,11 +666,11 @@ def test_windows_share_steps_and_have_the_bits_of_each_alone(engine):
     question = [9, *PROMPTS[1]]
     windows = [*([*question, answer, 5] for answer in (40, 41, 42)), [260, 3] * 11, [7, 8]]
     expected = [next(alone.score([window], full=True)) for window in windows]
-    for full in (False, True):
-        for score, theirs in zip(together.score(windows, full=full), expected, strict=True):
+    for options in ({"share_prefixes": True}, {}, {"full": True}):
+        for score, theirs in zip(together.score(windows, **options), expected, strict=True):
             assert score.token_logprobs.equal(theirs.token_logprobs)
             assert score.top1.equal(theirs.top1)
-            assert not full or score.log_probs.equal(theirs.log_probs)
+            assert "full" not in options or score.log_probs.equal(theirs.log_probs)
 
 
 def test_a_grammar_is_followed_beside_drafts_and_changes_no_neighbor(engine):

@@ -377,11 +377,14 @@ def test_windows_scored_together_have_the_bits_of_each_alone(make: Make, quant: 
     with make(quant=quant, max_seq_len=96) as llm:
         alone = [next(llm.score([window], full=True)) for window in windows]
     with make(quant=quant, max_seq_len=96, max_batch_size=6) as llm:
-        for full in (False, True):
-            for score, expected in zip(llm.score(windows, full=full), alone, strict=True):
+        kinds: tuple[dict[str, bool], ...] = ({"share_prefixes": True}, {}, {"full": True})
+        for options in kinds:
+            for score, expected in zip(llm.score(windows, **options), alone, strict=True):
                 assert score.token_logprobs.equal(expected.token_logprobs)
                 assert score.top1.equal(expected.top1)
-                assert not full or score.log_probs.equal(expected.log_probs)
+                if options.get("full"):
+                    assert score.log_probs is not None
+                    assert score.log_probs.equal(expected.log_probs)
 
 
 def test_windows_scored_together_by_cublas_have_the_scores_of_each_alone(
@@ -393,7 +396,7 @@ def test_windows_scored_together_by_cublas_have_the_scores_of_each_alone(
     with LLM(model, **options) as llm:
         alone = [next(llm.score([window])).token_logprobs for window in windows]
     with LLM(model, max_batch_size=6, **options) as llm:
-        for score, expected in zip(llm.score(windows), alone, strict=True):
+        for score, expected in zip(llm.score(windows, share_prefixes=True), alone, strict=True):
             torch.testing.assert_close(score.token_logprobs, expected, atol=0.1, rtol=0)
 
 

@@ -13,6 +13,8 @@ from hotloop import LLM, SamplingParams
 from hotloop.engine.core import ScoreWindows
 from hotloop.engine.service import Service
 from hotloop.errors import RequestError
+from hotloop.evaluate.quality import measure_quality, write_reference
+from hotloop.evaluate.reference import ReferenceKey
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.weights.checkpoint import open_checkpoint
 
@@ -127,32 +129,76 @@ def watch_scoring(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def test_with_cpu_kernels_a_window_has_the_same_bits_whatever_it_is_scored_with(
     folder, monkeypatch, quant, rows
 ):
-    windows = alike()
+    windows, kinds = alike(), ("share_prefixes", "full")
     with LLM(str(folder), dtype="bfloat16", quant=quant) as llm:
         alone = {
-            full: [next(llm.score([window], full=full)) for window in windows]
-            for full in (False, True)
+            kind: [next(llm.score([window], **{kind: True})) for window in windows]
+            for kind in kinds
         }
     with LLM(str(folder), dtype="bfloat16", quant=quant, max_batch_size=rows) as llm:
         lengths = watch_scoring(llm, monkeypatch)
-        for full in (False, True):
-            for score, expected in zip(llm.score(windows, full=full), alone[full], strict=True):
+        for kind in kinds:
+            scores = llm.score(windows, **{kind: True})
+            for score, expected in zip(scores, alone[kind], strict=True):
                 assert score.token_logprobs.equal(expected.token_logprobs)
                 assert score.top1.equal(expected.top1)
                 assert score.top1_logprobs.equal(expected.top1_logprobs)
-                assert not full or score.log_probs.equal(expected.log_probs)
-            if not full:
+                assert kind != "full" or score.log_probs.equal(expected.log_probs)
+            if kind == "share_prefixes":
                 assert sum(map(sum, lengths)) < 0.7 * sum(map(len, windows)), "less is computed"
     assert max(map(len, lengths)) == rows
 
 
-def test_whole_distributions_have_the_chunks_of_prompts(folder, monkeypatch):
+def test_windows_that_share_no_prefix_have_the_chunks_of_prompts(folder, monkeypatch):
     # So the floor of KL, the same predictions in shorter windows, is rounded in another way.
     with LLM(str(folder), dtype="bfloat16", max_batch_size=2) as llm:
         lengths = watch_scoring(llm, monkeypatch)
-        for full in (True, False):
-            next(llm.score([WINDOW], full=full))
-    assert lengths == [[89], [64], [25]]
+        for options in ({"full": True}, {}, {"share_prefixes": True}):
+            next(llm.score([WINDOW], **options))
+    assert lengths == [[89], [89], [64], [25]]
+
+
+@pytest.mark.parametrize(("dtype", "n_together"), [("bfloat16", 7), ("float32", 1)])
+def test_windows_that_share_no_prefix_have_the_same_bits_with_distributions_and_any_seats(
+    folder, monkeypatch, dtype, n_together
+):
+    windows = [WINDOW, *(WINDOW[i : i + 10] for i in range(7))]
+    with LLM(str(folder), dtype=dtype) as llm:
+        timed = list(llm.score(windows, full=True))
+    with LLM(str(folder), dtype=dtype, max_batch_size=8) as llm:
+        lengths = watch_scoring(llm, monkeypatch)
+        for full in (False, True):
+            for score, expected in zip(llm.score(windows, full=full), timed, strict=True):
+                assert score.token_logprobs.equal(expected.token_logprobs)
+                assert score.top1.equal(expected.top1)
+    assert max(map(len, lengths)) == n_together
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_perplexity_of_a_text_has_the_same_bits_alone_and_against_the_reference(
+    folder, tmp_path, dtype
+):
+    windows = [WINDOW[i : i + 80] for i in range(9)]
+    with LLM(str(folder), dtype=dtype, max_batch_size=8) as llm:
+        alone = measure_quality(llm, windows)
+        key = ReferenceKey(
+            weights="",
+            dtype=dtype,
+            vocab_size=llm.describe().vocab_size,
+            text_sha256="",
+            window=80,
+            n_windows=9,
+        )
+        reference = write_reference(llm, windows, tmp_path / "reference", key)
+    with LLM(str(folder), dtype=dtype) as llm:
+        timed = measure_quality(llm, windows, reference=reference)
+    assert timed.perplexity == alone.perplexity
+    assert timed.delta_ln_ppl.samples == (0,) * 9
+
+
+def test_whole_distributions_of_shared_prefixes_are_refused(llm):
+    with pytest.raises(RequestError, match="full and share_prefixes cannot be combined"):
+        next(llm.score([WINDOW], full=True, share_prefixes=True))
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -161,7 +207,7 @@ def test_elsewhere_a_window_has_the_same_scores_but_for_rounding(folder, monkeyp
     with LLM(str(folder), dtype="float32", max_batch_size=rows, max_seq_len=96) as llm:
         lengths = watch_scoring(llm, monkeypatch)
         assert_scores(llm, windows, [twin_log_probs(twin, window) for window in windows])
-        for window, score in zip(windows, llm.score(windows), strict=True):
+        for window, score in zip(windows, llm.score(windows, share_prefixes=True), strict=True):
             labels = torch.tensor(window[1:])[:, None]
             expected = twin_log_probs(twin, window).gather(1, labels)[:, 0]
             torch.testing.assert_close(score.token_logprobs, expected)
@@ -173,8 +219,10 @@ def test_two_calls_that_overlap_share_nothing_and_a_call_that_is_left_leaves_the
 ):
     windows = alike()
     with LLM(str(folder), dtype="bfloat16", max_batch_size=3) as llm:
-        alone = [next(llm.score([window])).token_logprobs for window in windows]
-        first, second, left = (llm.score(windows) for _ in range(3))
+        alone = [
+            next(llm.score([window], share_prefixes=True)).token_logprobs for window in windows
+        ]
+        first, second, left = (llm.score(windows, share_prefixes=True) for _ in range(3))
         next(left)
         answer = llm.generate([[7, 8]], max_new_tokens=3, ignore_eos=True)
         for expected in alone:

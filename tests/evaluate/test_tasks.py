@@ -58,7 +58,7 @@ class LetterEngine:
     def describe(self):
         return self.described
 
-    def score(self, windows, *, full=False):
+    def score(self, windows, *, full=False, share_prefixes=False):  # noqa: ARG002
         self.calls.append([])
         for window in windows:
             self.calls[-1].append(tuple(window))

@@ -35,7 +35,7 @@ V = 7
 class ScoringEngine(FakeEngine):
     """Predicts by a fixed table of bigrams, a little off under ``int8``."""
 
-    def score(self, windows, *, full=False):
+    def score(self, windows, *, full=False, share_prefixes=False):  # noqa: ARG002
         logits_VV = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
         if self.config.quant == "int8":
             logits_VV += 0.1 * torch.randn(V, V, generator=torch.Generator().manual_seed(1))

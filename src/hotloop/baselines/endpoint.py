@@ -94,7 +94,13 @@ class EndpointEngine:
             timing=Timing(n_tokens=answer.n_tokens, ttft_s=answer.times[0], e2e_s=answer.times[-1]),
         )
 
-    def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
+    def score(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        full: bool = False,
+        share_prefixes: bool = False,  # noqa: ARG002
+    ) -> Iterator[Score]:
         """Scores windows by the server's log-probabilities of prompts; never whole distributions.
 
         Raises:

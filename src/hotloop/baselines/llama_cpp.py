@@ -131,7 +131,13 @@ class LlamaCppEngine:
             for prompt, answer in zip(ids, answers, strict=True)
         ]
 
-    def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
+    def score(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        full: bool = False,
+        share_prefixes: bool = False,  # noqa: ARG002
+    ) -> Iterator[Score]:
         """Scores each window in one batch, with the logits after every token."""
         import numpy as np
         import torch

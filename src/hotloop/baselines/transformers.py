@@ -113,7 +113,13 @@ class TransformersEngine:
             for prompt, answer in zip(ids, answers, strict=True)
         ]
 
-    def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
+    def score(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        full: bool = False,
+        share_prefixes: bool = False,  # noqa: ARG002
+    ) -> Iterator[Score]:
         """Scores each window in one forward pass of the same model, without the compilation."""
         for window in windows:
             check_window(window, self._setup.n_positions)

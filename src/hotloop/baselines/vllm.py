@@ -123,7 +123,13 @@ class VllmEngine:
             output_kind=self._sampling.RequestOutputKind.DELTA,
         )
 
-    def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
+    def score(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        full: bool = False,
+        share_prefixes: bool = False,  # noqa: ARG002
+    ) -> Iterator[Score]:
         """Scores windows by the most likely tokens that vLLM returns; never whole distributions."""
         for window in windows:
             check_window(window, self._setup.n_positions)

@@ -316,11 +316,15 @@ class ScoreBatching:
             windows are batched.
         max_windows: Windows of a batch.
         max_tokens: Tokens of all windows together, each taken to be as long as the longest.
+        exact: The bits of a row do not depend on the other rows of a batch. Otherwise only windows
+            that can share a prefix are batched, so that the scores of all others depend neither on
+            the number of seats nor on load.
     """
 
     chunk: int
     max_windows: int = 1
     max_tokens: int = 0
+    exact: bool = True
 
     def holds(self, lengths: Sequence[int]) -> bool:
         """Returns whether chunks of these lengths can be scored as one batch."""

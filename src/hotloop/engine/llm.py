@@ -199,26 +199,40 @@ class LLM:
         """
         return self._stream(prompts, params, options)
 
-    def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
+    def score(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        full: bool = False,
+        share_prefixes: bool = False,
+    ) -> Iterator[Score]:
         """Scores windows of token ids, through the same weights, kernels and cache.
 
         Up to ``max_batch_size`` windows are taken from the iterable in advance and scored together.
-        If consecutive windows have a common prefix, as the answers to a question do, the prefix is
-        computed once.
 
         Args:
             windows: Windows of at least two tokens and at most the context.
             full: Also return the whole distribution at each position. Several windows are scored
                 together only if their distributions take at most ``MAX_FULL_BYTES``.
+            share_prefixes: Compute the prefix that consecutive windows have in common once, as that
+                of the answers to a question. It cannot be combined with ``full``. Without it, a
+                window is prefilled in the chunks of a prompt, and its scores have the same bits
+                whatever else is requested and however many windows are scored together.
 
         Yields:
             A Score per window, on the CPU.
 
         Raises:
-            RequestError: A window is too short or too long, or has tokens outside the vocabulary.
-                It is raised after the scores of the earlier windows.
+            RequestError: A window is too short or too long, or has tokens outside the vocabulary;
+                it is raised after the scores of the earlier windows. Or ``full`` and
+                ``share_prefixes`` are both given.
         """
-        group = None if full else object()
+        if full and share_prefixes:
+            raise RequestError(
+                "full and share_prefixes cannot be combined, since the distributions of a shared "
+                "prefix are not kept: leave one of them out."
+            )
+        group = object() if share_prefixes else None
         scorings = (self.scoring(window, full=full, group=group) for window in windows)
         self._check_open()
         stream, error, done = self._turns.open([]), None, False

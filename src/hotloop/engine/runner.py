@@ -526,6 +526,7 @@ class _Model:
             chunk=min(chunk, EXACT_CPU_CHUNK) if self.on_cpu_kernels else chunk,
             max_windows=n_windows,
             max_tokens=min(chunk, self.setup.n_positions),  # memory for their logits exists
+            exact=self.on_cpu_kernels,
         )
 
     def warm_up(self) -> None:

@@ -436,6 +436,9 @@ class Scheduler:
         """Returns whether a window is scored with others; if not, it waits to reuse a prefix."""
         if (window.full, window.n_top) != (others[0].full, others[0].n_top):
             return False
+        shares_nothing = window.group is None or others[0].group is None
+        if shares_nothing and not self._score_batching.exact:
+            return False
         if window.group is None:
             return True
         alike = [common_prefix(o.ids, window.ids) for o in others if o.group is window.group]

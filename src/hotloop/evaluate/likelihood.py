@@ -148,13 +148,13 @@ def rolling_windows(ids: Sequence[int], prefix_id: int, size: int) -> list[Windo
 
 
 def score_windows(engine: Engine, windows: Iterable[Window]) -> Iterator[Likelihood]:
-    """Scores windows in one call of the engine, which may batch them.
+    """Scores windows in one call of the engine, which may batch them and share their prefixes.
 
     Raises:
         HotloopError: A log-probability is infinite or not a number.
     """
     windows = list(windows)
-    scores = engine.score(window.ids for window in windows)
+    scores = engine.score((window.ids for window in windows), share_prefixes=True)
     for window, score in zip(windows, scores, strict=True):
         yield _likelihood(window, score)
 

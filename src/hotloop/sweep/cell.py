@@ -226,8 +226,8 @@ class _Attempt:
 def _with_seats(job: Job) -> EngineConfig:
     """Returns a job's configuration, with seats for several windows at once if it is not timed.
 
-    More seats do not change the scores. An engine with drafts is not changed, since its greedy
-    answers are checked as well.
+    More seats do not change the scores of a text. An engine with drafts is not changed, since its
+    greedy answers are checked as well.
     """
     config = job.config
     timed = job.task == "measure" and job.workload is not None
