@@ -159,6 +159,16 @@ def test_what_cannot_be_compared_is_undecided_with_its_reason():
         assert any(why in each.why for each in cell.quantities), why
 
 
+def test_a_cell_that_was_stopped_while_it_was_scored_is_compared_by_its_speed():
+    a = with_ppl("a/eager", 1.0)
+    stopped = record("a/eager", 100.0, status="timeout", reason="was in tasks\nlog")
+    found = compared([a], [stopped])
+    (cell,) = found.cells
+    assert [each.verdict for each in cell.quantities] == ["no worse", "undecided"]
+    assert cell.notes == ("B ended as timeout: was in tasks",)
+    assert found.verdict == "undecided"
+
+
 def test_records_of_eval_are_compared_without_a_speed():
     untimed = {"workload": None, "decode_tok_s": None}
     good, bad = (with_ppl("a/eager", f).model_copy(update=untimed) for f in (1.0, 1.05))

@@ -119,6 +119,16 @@ def test_another_execution_is_shown_by_its_own_name():
             "50.00 ± 0.10 [1]",
             "lots of variance: it grew steadily",
         ),
+        (
+            {"tok_s": 50, "status": "timeout", "reason": "was in tasks"},
+            "50.00 ± 0.10 [1]",
+            "timeout: was in tasks",
+        ),
+        (
+            {"tok_s": 50, "status": "oom", "reason": "killed in tasks"},
+            "50.00 ± 0.10 [1]",
+            "oom: killed in tasks",
+        ),
     ],
 )
 def test_a_number_that_is_missing_or_doubtful_has_a_note(fields, decode, note):

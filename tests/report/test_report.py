@@ -444,6 +444,27 @@ def test_a_row_without_quality_among_others_says_why():
     assert table.notes == ("quality: out of memory",)
 
 
+def test_a_cell_that_was_stopped_while_it_was_scored_shows_its_speed_and_is_not_recommended():
+    stopped = {"status": "timeout", "reason": "was in tasks", "quality_reason": "not finished"}
+    fast = record("int8/eager", 90, loss=0.0, **stopped)
+    table = make_table([REFERENCE, fast])
+    row = next(row for row in table.rows if row.record == fast)
+    assert row.cells[1:3] == ("timeout [1]", "90.00 ± 0.10")
+    assert table.notes[:2] == ("timeout: was in tasks", "quality: not finished")
+    advice = recommend([REFERENCE, fast])
+    assert advice.cell == "none/eager"
+    sentence = (
+        "int8/eager: it decodes 90.00 ± 0.10 tok/s, but ended as timeout before its quality was "
+        "measured to the end."
+    )
+    assert sentence in advice.not_chosen
+    nothing = recommend([fast])
+    assert (nothing.cell, nothing.not_chosen) == (None, (sentence,))
+    partly = record("int8/eager", 90, loss=0.0, quality_reason="no answer")
+    (why,) = recommend([REFERENCE, partly]).not_chosen
+    assert why.endswith("but not all of its quality is known (no answer).")
+
+
 def test_markdown_is_a_table_with_all_that_stands_below_it():
     text = to_markdown(make_table([*EVERYTHING, record("a|b/eager", status="oom", reason="x")]))
     heading, rule, *rows = text.split("\n\n")[0].splitlines()

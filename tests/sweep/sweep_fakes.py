@@ -29,6 +29,7 @@ class End(IntEnum):
     WRAPPED_OOM = 9
     OOM_IN_QUALITY = 10
     HANGS_ONCE = 11
+    STOPS_AFTER_WINDOWS = 12
 
 
 def predict(config: EngineConfig) -> MemoryPlan:

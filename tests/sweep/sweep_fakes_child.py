@@ -4,7 +4,9 @@ The real provenance takes torch and seconds, and the real scoring too.
 """
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +57,15 @@ def measure_quality(engine, windows, *, reference, on_window, **_):
     )
 
 
+def greedy_agreement(engine, *_):
+    if engine.config.seed == End.STOPS_AFTER_WINDOWS:
+        match os.environ["STOP"]:
+            case "hang":
+                time.sleep(9999)
+            case "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+
+
 if CELL_ID in os.environ:  # in a cell's own process, and not where its sweep runs
     hardware.resolve_device = lambda name: name
     hardware.provenance = lambda device: {
@@ -69,7 +80,7 @@ if CELL_ID in os.environ:  # in a cell's own process, and not where its sweep ru
     sys.modules["hotloop.evaluate.quality"] = SimpleNamespace(
         write_reference=write_reference, measure_quality=measure_quality
     )
-    sys.modules["hotloop.evaluate.greedy"] = SimpleNamespace(greedy_agreement=lambda *_: None)
+    sys.modules["hotloop.evaluate.greedy"] = SimpleNamespace(greedy_agreement=greedy_agreement)
     sys.modules["hotloop.evaluate.reference"] = SimpleNamespace(
         Reference=open_reference, ReferenceKey=SimpleNamespace
     )

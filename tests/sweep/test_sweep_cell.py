@@ -22,7 +22,13 @@ from hotloop.errors import (
     UnsupportedError,
 )
 from hotloop.evaluate.reference import FORMAT
-from hotloop.sweep.cell import classify_error, refuse_cell, run_cell, score_reference
+from hotloop.sweep.cell import (
+    classify_error,
+    refuse_cell,
+    run_cell,
+    score_reference,
+    with_instability,
+)
 from hotloop.sweep.events import CellPhase
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.recipe import QualityOptions, Workload
@@ -235,12 +241,34 @@ def test_a_text_too_short_costs_the_quality_and_not_the_speed(tmp_path):
     assert "the text has 3 tokens, fewer than a window of 8" in record.quality_reason
 
 
-def test_a_bug_in_scoring_is_a_failure(tmp_path):
+def test_a_bug_in_scoring_is_a_failure_that_keeps_the_speed(tmp_path):
     record = run_cell(job(tmp_path, "none", kind="BROKEN"))
     assert record.status == "failed"
     assert record.reason.startswith("ZeroDivisionError in quality: a bug\n")
-    assert record.decode_tok_s is None
-    assert record.load_s == 0.5  # it was loaded all the same
+    assert record.decode_tok_s.mean == pytest.approx(100)
+    assert record.quality_reason == "not finished"
+    assert record.load_s == 0.5
+
+
+def test_tasks_that_cannot_be_answered_cost_no_other_figure(tmp_path, monkeypatch):
+    def fail(*_):
+        raise HotloopError("no answer")
+
+    (tmp_path / "words.jsonl").write_text('{"context": "a", "continuation": "b"}')
+    made = compared(tmp_path, "int8", tasks=[str(tmp_path / "words.jsonl")])
+    monkeypatch.setattr("hotloop.sweep.cell.answer_tasks", fail)
+    record = run_cell(made)
+    assert (record.status, record.tasks) == ("ok", ())
+    assert record.quality_reason == "HotloopError in tasks: no answer"
+    assert record.kl_mean is not None
+    assert record.greedy is not None
+
+
+def test_the_record_of_a_stopped_cell_also_says_why_its_speed_is_unstable():
+    spread = "repeats differ"
+    assert with_instability(None, spread) == spread
+    assert with_instability("crashed", None) == "crashed"
+    assert with_instability("crashed\nlog", spread) == "crashed; repeats differ\nlog"
 
 
 def test_random_weights_carry_no_quality(tmp_path):

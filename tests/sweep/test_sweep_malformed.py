@@ -209,7 +209,7 @@ def test_malformed_recipes_are_refused_by_file_and_key(case, tmp_path):
 
 LINES = (b"", b"{", b"[]", b"3", b"null", b'{"CellPhase": 3}', b'{"Nothing": {}}', b"\xff\xfe")
 LINES += (b'{"CellPhase": {"cell": "c", "phase": "dancing"}}', b"[" * 100_000)
-LINES += (b'{"CellPrepared": {"cell": "c", "predicted_bytes": 1, "provenance": {"device": null}}}',)
+LINES += (b'{"CellSoFar": {"record": {"cell": "c", "status": "failed", "provenance": null}}}',)
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: repr(line[:24]))

@@ -83,6 +83,13 @@ def test_without_a_terminal_a_long_phase_says_that_it_goes_on():
         assert out.getvalue() == ended, "what has ended does not go on"
 
 
+def test_a_cell_that_was_stopped_while_it_was_scored_is_shown_with_its_speed():
+    speed = Figure(mean=12.0, n=1, samples=(12.0,))
+    stopped = record("timeout", reason="was in tasks\nlog", decode_tok_s=speed)
+    (line,) = shown([CellFinished(stopped)]).splitlines()
+    assert "int8/eager  timeout was in tasks  decode 12.0 tok/s" in line
+
+
 def test_on_a_terminal_finished_cells_stay_above_the_bar():
     text = shown(EVENTS, force_terminal=True, color_system=None)
     assert "[2/6] int8/eager  oom out of memory in load" in text

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,8 @@ from hotloop.sweep import runner
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
-    CellPrepared,
     CellSkipped,
+    CellSoFar,
     CellStarted,
     Notice,
     ReferenceFinished,
@@ -73,8 +74,10 @@ def circumstances(monkeypatch: pytest.MonkeyPatch) -> dict:
 @pytest.mark.filterwarnings("error")
 def test_what_a_cell_knows_before_it_loads_is_sent_without_a_warning_in_its_log():
     provenance = {"circumstances": CIRCUMSTANCES | {"gpus": ["A GPU", "A GPU"]}}
-    prepared = CellPrepared("int8/eager", None, provenance)
-    assert from_line(to_line(prepared)) == prepared
+    record = Record(
+        cell="int8/eager", config={}, status="failed", started_at="2025", provenance=provenance
+    )
+    assert from_line(to_line(CellSoFar(record))) == CellSoFar(record)
 
 
 def recipe(*ends: End, timeout_s: float = HANG_S) -> Recipe:
@@ -430,6 +433,44 @@ def test_the_reference_is_scored_once_and_cells_are_compared_with_it(tmp_path):
     assert unscored.status == "ok"  # what could not be scored keeps its speed
     assert unscored.decode_tok_s is not None
     assert "out of memory in quality: no room for the logits" in unscored.quality_reason
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "says"),
+    [
+        ("hang", "timeout", "took longer than timeout_s, 120 s, and was in greedy: raise it"),
+        ("crash", "failed", "crashed in greedy with SIGSEGV"),
+        ("ctrl-c", "interrupted", "stopped by the user in greedy"),
+    ],
+)
+def test_a_cell_that_is_stopped_while_it_is_scored_keeps_what_it_measured_and_is_tried_again(
+    tmp_path, monkeypatch, stop, status, says
+):
+    recipe = scored_recipe(tmp_path, End.STOPS_AFTER_WINDOWS).model_copy(update={"timeout_s": 120})
+    now_s = 0.0
+
+    def listen(event: object) -> None:
+        nonlocal now_s
+        if isinstance(event, CellPhase) and event.phase == "greedy":
+            now_s = 121.0 if stop == "hang" else 0.0
+            if stop == "ctrl-c":
+                raise KeyboardInterrupt
+
+    clock = SimpleNamespace(monotonic=lambda: now_s)
+    monkeypatch.setattr("hotloop.sweep.process.time", clock)
+    monkeypatch.setenv("STOP", "crash" if stop == "crash" else "hang")
+    with suppress(KeyboardInterrupt):
+        run_sweep(recipe, tmp_path / "out", on_event=listen)
+    ((record,), _) = read_file(tmp_path / "out" / "records.jsonl")
+    assert (record.cell, record.status, record.attempt) == ("auto/eager", status, 1)
+    assert record.reason.startswith(says)
+    assert record.decode_tok_s.mean == pytest.approx(100)
+    assert record.delta_ln_ppl.samples == (0.01, 0.02)
+    assert record.quality_reason == "not finished"
+
+    monkeypatch.setenv("STOP", "no")
+    (again,) = run_sweep(recipe, tmp_path / "out", resume=True)
+    assert (again.status, again.attempt, again.quality_reason) == ("ok", 2, None)
 
 
 def test_a_reference_is_kept_for_other_sweeps_within_the_limit(tmp_path, monkeypatch):

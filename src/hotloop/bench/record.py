@@ -22,11 +22,11 @@ Status = Literal[
     "ok", "oom", "predicted-oom", "unsupported", "failed", "timeout", "unstable", "interrupted"
 ]
 """The status of a cell. A cell that is ``unstable`` has figures, with the spread and the likely
-cause in ``reason``; the other statuses after ``ok`` have no figures. The user stopped an
-``interrupted`` cell."""
+cause in ``reason``. The other statuses after ``ok`` are of cells that did not finish; such a record
+has the figures that were measured before. The user stopped an ``interrupted`` cell."""
 
 MEASURED: tuple[Status, ...] = ("ok", "unstable")
-"""The statuses of records that carry figures."""
+"""The statuses of cells that were measured to the end."""
 
 
 Name = Annotated[str, Field(max_length=4096)]

@@ -229,7 +229,10 @@ def compare(
         if id(record) not in paired
     ]
     verdicts = {each.verdict for cell in cells for each in cell.quantities}
-    unknown = any(which == "A" and record.status in MEASURED for which, record in unpaired)
+    unknown = any(
+        which == "A" and (record.status in MEASURED or record.decode_tok_s is not None)
+        for which, record in unpaired
+    )
     verdict: Verdict = "no worse"
     if "worse" in verdicts:
         verdict = "worse"
@@ -273,7 +276,7 @@ def _has_answers(a: Record, b: Record) -> bool:
 
 def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> ComparedQuantity:
     margin = -math.log1p(-max_slowdown)
-    if a.status in MEASURED and b.status not in MEASURED:
+    if a.status in MEASURED and b.status not in MEASURED and b.decode_tok_s is None:
         reason = (b.reason or "").partition("\n")[0]
         why = f"B ended as {b.status}: {reason}".rstrip(": ")
         return ComparedQuantity(quantity="speed", verdict="worse", why=why, margin=margin)
@@ -401,9 +404,11 @@ def _verdict(
 def _notes(a: Record, b: Record) -> list[str]:
     notes = []
     for which, record in (("A", a), ("B", b)):
+        reason = (record.reason or "").partition("\n")[0]
         if record.status == "unstable":
-            reason = (record.reason or "").partition("\n")[0]
             notes.append(f"{which} is unstable: {reason}")
+        elif record.status not in MEASURED and record.decode_tok_s is not None:
+            notes.append(f"{which} ended as {record.status}: {reason}")
         elif why := why_uncertain(record):
             notes.append(f"{which}: {why}")
     for what, of in (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hotloop.bench.record import MEASURED, Figure, Record
+from hotloop.bench.record import Figure, Record
 from hotloop.report.differences import loss_difference, speed_difference
 from hotloop.report.layout import STAR
 from hotloop.report.numbers import half_width, percent, significant, uncertain
@@ -201,7 +201,7 @@ def charts(
     records: Sequence[Record], *, recommended: Record | None, max_delta_ln_ppl: float
 ) -> list[Chart]:
     """Makes all plots for which comparable records have figures."""
-    measured = [r for r in records if r.status in MEASURED and r.decode_tok_s is not None]
+    measured = [record for record in records if record.decode_tok_s is not None]
     made: list[Chart | None] = [
         speed_quality_plot(measured, recommended=recommended, max_delta_ln_ppl=max_delta_ln_ppl)
         or speed_chart(measured, recommended=recommended),

@@ -149,9 +149,8 @@ def _drafts(record: Record) -> str:
 
 
 def _decode(record: Record) -> str:
-    if record.status in DID_NOT_FIT:
-        return "did not fit"
-    return _speed(record.decode_tok_s) or record.status
+    other = "did not fit" if record.status in DID_NOT_FIT else record.status
+    return _speed(record.decode_tok_s) or other
 
 
 def _speed(figure: Figure | None) -> str:
@@ -202,15 +201,16 @@ def _sort_key(value: str, order: Sequence[str]) -> tuple[int, str]:
 
 def _caveat(record: Record) -> str | None:
     """Returns the reason why a row has no figures, or a caveat about them."""
-    reason = (record.reason or "").partition("\n")[0]
+    reason, why = (record.reason or "").partition("\n")[0], why_uncertain(record)
+    if record.status in DID_NOT_FIT and record.decode_tok_s is None:
+        return f"did not fit {_where(record)}: {reason}"
     match record.status:
         case "ok":
-            return why_uncertain(record)
+            return why
         case "unstable":
             return f"lots of variance: {reason}"
-        case "oom" | "predicted-oom":
-            return f"did not fit {_where(record)}: {reason}"
-    return f"{record.status}: {reason}" if reason else None
+    ended = f"{record.status}: {reason}" if reason else None
+    return "; ".join(filter(None, (ended, why))) or None
 
 
 def _where(record: Record) -> str:

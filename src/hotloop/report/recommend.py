@@ -69,13 +69,15 @@ def recommend(
 
     Args:
         records: Records of one model, workload and device. The last record of each cell counts;
-            records of other engines, or with an assumed acceptance, do not.
+            records of other engines, or with an assumed acceptance, do not, nor do those of cells
+            that did not finish.
         max_delta_ln_ppl: The increase of ln perplexity to tolerate.
     """
     records = latest(records)
-    ours = (r for r in records if r.baseline is None and assumed_note(r) is None)
-    timed = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
+    ours = [r for r in records if r.baseline is None and assumed_note(r) is None and r.decode_tok_s]
+    timed = [record for record in ours if record.status in MEASURED]
     unknown = [f"{record.cell}: {why}." for record in timed if (why := why_uncertain(record))]
+    unknown += [_unfinished(record) for record in ours if record.status not in MEASURED]
     measured = [record for record in timed if not why_uncertain(record)]
     scored = [record for record in measured if record.delta_ln_ppl]
 
@@ -98,7 +100,7 @@ def recommend(
                 "every measured configuration has an assumed acceptance, and such speeds are never "
                 "recommended. Measure without --assume-acceptance.",
             )
-        return answer(None, "no configuration was measured.")
+        return answer(None, "no configuration was measured to the end.")
     if not measured:
         return answer(None, "no configuration's speed is known. Raise --repeats.")
     if differing := _incomparable(measured):
@@ -142,6 +144,13 @@ def recommend(
 def _speed(record: Record) -> float:
     assert record.decode_tok_s is not None, "only measured records are compared"
     return record.decode_tok_s.mean
+
+
+def _unfinished(record: Record) -> str:
+    return (
+        f"{record.cell}: it decodes {_format_speed(record.decode_tok_s)} tok/s, but ended as "
+        f"{record.status} before its quality was measured to the end."
+    )
 
 
 def why_uncertain(record: Record) -> str | None:
@@ -228,6 +237,8 @@ def _why_not_tolerated(record: Record, tolerance: float) -> str | None:
     loss = record.delta_ln_ppl
     if loss is None:
         return f"its quality is unknown ({record.quality_reason})"
+    if record.quality_reason is not None:
+        return f"not all of its quality is known ({record.quality_reason})"
     if (verdict := record.verdict) is not None and verdict.outcome == "fail":
         return (
             f"it loses {100 * verdict.loss:.1f}% of the tasks' {verdict.n} items, which is shown "

@@ -172,7 +172,7 @@ def _advice(recommendation: Recommendation) -> list[str]:
 
 def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     remarks = []
-    measured = [record for record in records if record.status in MEASURED]
+    measured = [r for r in records if r.status in MEASURED or r.decode_tok_s]
     timed = [record for record in measured if record.decode_tok_s]
     if measured and not any(column.of_quality for column in columns):
         reasons = sorted({record.quality_reason or "not measured" for record in measured})

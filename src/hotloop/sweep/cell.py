@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from hotloop import hardware
 from hotloop.bench.measure import measure_speed
@@ -39,12 +39,11 @@ from hotloop.evaluate.tasks import (
 )
 from hotloop.evaluate.text import Text, load_text
 from hotloop.evaluate.windows import take_windows, windows_per_article
-from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
+from hotloop.sweep.events import CellPhase, CellSoFar, OnEvent, Phase, ignore
 from hotloop.sweep.job import Job
 from hotloop.types import OWN_ENGINE
 
 if TYPE_CHECKING:
-    from hotloop.bench.record import Provenance
     from hotloop.evaluate.reference import ReferenceKey
     from hotloop.types import Engine, EngineConfig, MemoryPlan
 
@@ -147,6 +146,14 @@ def gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB"
 
 
+def with_instability(reason: str | None, instability: str | None) -> str | None:
+    """Adds the reason of an unstable speed to the first line of a record's reason."""
+    if not (reason and instability):
+        return reason or instability
+    first, *rest = reason.split("\n")
+    return "\n".join([f"{first}; {instability}", *rest])
+
+
 def as_reason(text: str | None) -> str | None:
     """Shortens a reason for a record; of a long reason it keeps the beginning and the end."""
     if text is None:
@@ -180,22 +187,27 @@ class _Attempt:
 
         A configuration that cannot run is refused before the machine is measured.
         """
-        predicted = self.predict()
+        self.predict()
         self.enter("predict")
         device = hardware.resolve_device(self.job.config.device)
-        provenance = cast("Provenance", hardware.provenance(device) | self.fields["provenance"])
-        self.fields["provenance"] = provenance
-        self.on_event(CellPrepared(self.job.cell, predicted, provenance))
+        self.keep(provenance=hardware.provenance(device) | self.fields["provenance"])
         return self.job.engine.create
 
-    def predict(self) -> dict[str, int] | None:
-        """Records the memory that it would take, by purpose; None if that is not known."""
+    def keep(self, **fields: Any) -> None:
+        """Adds fields to the record, and sends it, in case the process ends before it is complete.
+
+        ``reason``, that of an unstable speed, is added to the reason for the record's status.
+        """
+        self.fields |= fields
+        self.on_event(CellSoFar(self.record("failed")))
+
+    def predict(self) -> None:
+        """Records the memory that it would take, by purpose, if that is known."""
         for config in dict.fromkeys((_with_seats(self.job), self.job.config)):
             self.config, self.memory = config, self.job.engine.predict(config)
             if self.memory is None or self.memory.total_bytes <= self.memory.free_bytes:
                 break
         self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
-        return self.fields["predicted_bytes"]
 
     def predicted_oom_record(self) -> Record | None:
         """Returns the record of a configuration that would not fit; None if it may fit."""
@@ -211,16 +223,13 @@ class _Attempt:
             _log.error("%s failed in %s", self.job.cell, self.phase, exc_info=error)
         return self.record(status, reason)
 
-    def record(
-        self,
-        status: Status,
-        reason: str | None = None,
-        *,
-        quality_reason: str | None = None,
-        **figures: Any,
-    ) -> Record:
-        reasons = {"reason": as_reason(reason), "quality_reason": as_reason(quality_reason)}
-        return Record(**self.fields, status=status, **reasons, **figures)
+    def record(self, status: Status, reason: str | None = None, **figures: Any) -> Record:
+        fields = self.fields | figures
+        reasons: dict[str, Any] = {
+            "reason": as_reason(with_instability(reason, fields.get("reason"))),
+            "quality_reason": as_reason(fields.get("quality_reason")),
+        }
+        return Record(**(fields | reasons), status=status)
 
 
 def _with_seats(job: Job) -> EngineConfig:
@@ -250,14 +259,14 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
             # The cell's name shows what `auto` was resolved to, but not the seats of `_with_seats`.
             named = replace(description.config, max_batch_size=job.config.max_batch_size)
             name = replace(description, config=named).name
-            attempt.fields |= {
-                "cell": job.cell.replace(job.config.name, name, 1),
-                "load_s": description.load_s,
-                "load_gb_s": description.load_gb_s,
-                "warmup_s": description.warmup_s,
+            attempt.keep(
+                cell=job.cell.replace(job.config.name, name, 1),
+                load_s=description.load_s,
+                load_gb_s=description.load_gb_s,
+                warmup_s=description.warmup_s,
                 # the record has the configuration in `config`
-                "engine": {k: v for k, v in asdict(description).items() if k != "config"},
-            }
+                engine={k: v for k, v in asdict(description).items() if k != "config"},
+            )
             return attempt.record(**work(attempt, engine))
     except Exception as error:
         return attempt.failure_record(error)
@@ -277,26 +286,26 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         datasheet_bytes_per_s=datasheet and datasheet / sharing,
         on_repeat=attempt.progress,
     )
-    figures = {
-        "status": "ok" if speed.instability is None else "unstable",
-        "reason": speed.instability,
-        "decode_tok_s": speed.decode_tok_s,
-        "e2e_tok_s": speed.e2e_tok_s,
-        "aggregate_tok_s": speed.aggregate_tok_s,
-        "ttft_s": speed.ttft_s,
-        "tpot_s": speed.tpot_s,
-        "mbu": speed.mbu,
-        "mbu_datasheet": speed.mbu_datasheet,
-        "speculation": speed.speculation,
-        "peak_bytes": speed.peak_bytes,
-    }
+    attempt.keep(
+        reason=speed.instability,
+        decode_tok_s=speed.decode_tok_s,
+        e2e_tok_s=speed.e2e_tok_s,
+        aggregate_tok_s=speed.aggregate_tok_s,
+        ttft_s=speed.ttft_s,
+        tpot_s=speed.tpot_s,
+        mbu=speed.mbu,
+        mbu_datasheet=speed.mbu_datasheet,
+        speculation=speed.speculation,
+        peak_bytes=speed.peak_bytes,
+    )
+    status = "ok" if speed.instability is None else "unstable"
     try:
-        return figures | _quality(attempt, engine)
+        return {"status": status} | _quality(attempt, engine)
     except Exception as error:
-        status, reason = classify_error(error, attempt.phase, attempt.memory)
-        if status == "failed" and not isinstance(error, HotloopError):
+        kind, reason = classify_error(error, attempt.phase, attempt.memory)
+        if kind == "failed" and not isinstance(error, HotloopError):
             raise
-        return figures | {"quality_reason": reason}  # the speed is valid
+        return {"status": status, "quality_reason": reason}  # the speed is valid
 
 
 def _score(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
@@ -314,6 +323,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     from hotloop.evaluate.quality import measure_quality  # these import torch
     from hotloop.evaluate.reference import Reference
 
+    attempt.keep(quality_reason="not finished")
     attempt.enter("quality")
     text = load_text(job.quality.text)
     windows, protocol, key = _windows(job, engine, text)
@@ -334,22 +344,21 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     place = f" {job.reference_place}" if job.reference_place else ""
     model = f" of {job.reference_model}" if job.reference_model else ""
     compared = f"{scheme}/eager {reference.key.dtype}{place}{model}" if reference else None
-    figures = {
-        "quality_protocol": protocol.model_copy(update={"reference": compared}),
-        "quality_reason": None if reference else why_none,
-        **vars(quality),
-        "other_perplexities": perplexities(
-            engine,
-            text.content,
-            job.quality.protocols,
-            size=job.quality.window,
-            limit=job.quality.n_windows,
-            on_window=attempt.progress,
-        ),
-    }
+    attempt.keep(
+        quality_protocol=protocol.model_copy(update={"reference": compared}), **vars(quality)
+    )
+    others = perplexities(
+        engine,
+        text.content,
+        job.quality.protocols,
+        size=job.quality.window,
+        limit=job.quality.n_windows,
+        on_window=attempt.progress,
+    )
+    attempt.keep(other_perplexities=others)
     attempt.enter("greedy")
-    figures["greedy"] = greedy_agreement(engine, windows, attempt.progress)
-    return figures | _answers(attempt, engine)
+    attempt.keep(greedy=greedy_agreement(engine, windows, attempt.progress))
+    return {"quality_reason": None if reference else why_none, **_answers(attempt, engine)}
 
 
 def _answers(attempt: _Attempt, engine: Engine) -> dict[str, Any]:

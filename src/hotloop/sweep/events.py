@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from hotloop.bench.record import Provenance, Record
+from hotloop.bench.record import Record
 from hotloop.errors import HotloopError, shorten_value
 from hotloop.untrusted import parse_json
 
@@ -84,12 +84,13 @@ class CellPhase:
 
 
 @dataclass(frozen=True)
-class CellPrepared:
-    """The prediction and provenance of a cell, sent before it is loaded, since it may crash."""
+class CellSoFar:
+    """What is known of a running cell, kept if its process ends without a finished record.
 
-    cell: str
-    predicted_bytes: dict[str, int] | None
-    provenance: Provenance
+    Its status and reason are those of a cell that has not finished.
+    """
+
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ Event = (
     | CellSkipped
     | CellStarted
     | CellPhase
-    | CellPrepared
+    | CellSoFar
     | CellFinished
 )
 OnEvent = Callable[[Event], None]
@@ -117,7 +118,7 @@ def ignore(event: Event) -> None:
 
 
 _FROM_CELL: dict[str, TypeAdapter[Any]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (CellPhase, CellPrepared, CellFinished)
+    kind.__name__: TypeAdapter(kind) for kind in (CellPhase, CellSoFar, CellFinished)
 }
 
 

@@ -26,12 +26,12 @@ import hotloop
 from hotloop.bench.record import Record, Status
 from hotloop.child_process import ChildProcess, signal_name
 from hotloop.errors import HotloopError
-from hotloop.sweep.cell import as_reason, base_record, gib
+from hotloop.sweep.cell import as_reason, base_record, gib, with_instability
 from hotloop.sweep.descendants import CELL_ID, end_descendants
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
-    CellPrepared,
+    CellSoFar,
     Notice,
     OnEvent,
     from_line,
@@ -106,8 +106,7 @@ def run_isolated(
     Raises:
         Interrupted: After a KeyboardInterrupt, once the process has ended.
     """
-    events = _ChildEvents(on_event)
-    fields, deadline = base_record(job), time.monotonic() + timeout_s
+    events, deadline = _ChildEvents(job, on_event), time.monotonic() + timeout_s
     stopped: Status | None = None
     with opened_to_append(log) as output:
         output.write(f"--- {job.cell}, attempt {job.attempt}\n".encode(errors="backslashreplace"))
@@ -151,8 +150,8 @@ def run_isolated(
                 f"{job.python} lacks the package {missing[1]}, which hotloop also needs in the "
                 "interpreter of an engine: install hotloop there."
             )
-        reason = as_reason(reason + log_tail)
-        record = Record(**(fields | events.known_fields), status=status, reason=reason)
+        reason = as_reason(with_instability(reason + log_tail, events.so_far.reason))
+        record = events.so_far.model_copy(update={"status": status, "reason": reason})
     if stopped == "interrupted":
         raise Interrupted(record)
     return record
@@ -161,10 +160,10 @@ def run_isolated(
 class _ChildEvents:
     """Collects the events of a running process, and explains its end."""
 
-    def __init__(self, on_event: OnEvent) -> None:
+    def __init__(self, job: Job, on_event: OnEvent) -> None:
         self._on_event = on_event
         self.phase = "start"
-        self.known_fields = {}
+        self.so_far = Record(**base_record(job), status="failed")
         self.record: Record | None = None
         self.protocol_error = ""
         self._peak_rss = 0
@@ -180,11 +179,8 @@ class _ChildEvents:
             case CellFinished():
                 self.record = event.record
                 return
-            case CellPrepared():
-                self.known_fields = {
-                    "predicted_bytes": event.predicted_bytes,
-                    "provenance": event.provenance,
-                }
+            case CellSoFar():
+                self.so_far = event.record
             case CellPhase():
                 self.phase = event.phase
         self._on_event(event)

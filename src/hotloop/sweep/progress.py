@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hotloop.bench.record import Record
+from hotloop.bench.record import MEASURED, Record
 from hotloop.console import HEARTBEAT_S, Heartbeat, SafeConsole
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
-    CellPrepared,
     CellSkipped,
+    CellSoFar,
     CellStarted,
     Event,
     Notice,
@@ -106,7 +106,7 @@ class SweepProgress:
                 self._begin(f"[{index}/{total}]", cell, again)
             case CellPhase():
                 self._phase(event)
-            case CellPrepared():
+            case CellSoFar():
                 pass
             case CellFinished(record):
                 self._end(record.cell, _outcome(record))
@@ -152,11 +152,14 @@ class SweepProgress:
 
 
 def _outcome(record: Record) -> str:
-    """Summarizes a record in one line."""
-    if record.decode_tok_s is None:
-        return f"[red]{record.status}[/] {escape((record.reason or '').partition(chr(10))[0])}"
-    parts = [f"[green]{record.status}[/]" if record.status == "ok" else "[yellow]unstable[/]"]
-    parts.append(f"decode {record.decode_tok_s.mean:,.1f} tok/s")
+    """Summarizes a record in one line: its status, its figures, and why it has no others."""
+    figures = []
+    if record.decode_tok_s is not None:
+        figures.append(f"decode {record.decode_tok_s.mean:,.1f} tok/s")
     if record.delta_ln_ppl is not None:
-        parts.append(f"Δ ln ppl {record.delta_ln_ppl.mean:+.4f}")
-    return "  ".join(parts)
+        figures.append(f"Δ ln ppl {record.delta_ln_ppl.mean:+.4f}")
+    if record.status in MEASURED and figures:
+        color = "green" if record.status == "ok" else "yellow"
+        return "  ".join([f"[{color}]{record.status}[/]", *figures])
+    reason = escape((record.reason or "").partition("\n")[0])
+    return "  ".join([f"[red]{record.status}[/] {reason}", *figures])
