@@ -18,6 +18,7 @@ from hotloop.evaluate.tasks import (
     load_tasks,
     read_answers,
     resolve_task,
+    without_folder,
     write_answers,
 )
 from hotloop.types import EngineConfig, EngineDescription, Score
@@ -177,6 +178,15 @@ def test_paths_of_tasks_are_relative_to_their_recipe(tmp_path):
     assert resolve_task("topics", tmp_path) == "topics"
     assert resolve_task("lm-eval:arc_easy", tmp_path) == "lm-eval:arc_easy"
     assert resolve_task("lm-eval:my/arc.yaml", tmp_path) == f"lm-eval:{tmp_path / 'my/arc.yaml'}"
+
+
+@pytest.mark.parametrize(
+    "task", ["arc.jsonl", "jsonl:arc.txt", "topics", "lm-eval:arc_easy", "lm-eval:arc.yaml"]
+)
+def test_a_record_names_the_file_of_a_task_and_not_its_folder(task, tmp_path):
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    assert without_folder(resolve_task(task, folder)) == task
 
 
 def test_topics_are_a_task_that_every_machine_has():

@@ -18,7 +18,7 @@ from report_records import NOISE, drafting, record
 from hotloop.bench.record import Figure, Record, TaskFigures, Workload
 from hotloop.bench.statistics import mean_figure
 from hotloop.cli.app import main
-from hotloop.report.commands import bench_command
+from hotloop.report.commands import measure_command
 from hotloop.report.fields import value_of
 from hotloop.report.glossary import explain_names
 from hotloop.report.html import TEMPLATES, charts_of, to_html
@@ -223,15 +223,16 @@ def test_each_row_has_a_command_that_can_be_copied():
     commands = [text_of(e) for e in elements(parsed(PAGE), "code")][1:]
     assert len(commands) == len(RECORDS)
     assert commands[5] == (
-        "hotloop bench m --quant int8 --execution compile --draft ngram "
-        "--prompt-tokens 32 --new-tokens 64"
+        "hotloop sweep m --quant int8 --execution compile --draft ngram "
+        "--prompt-tokens 32 --new-tokens 64 --window 256 --n-windows 5 --text 'a text' "
+        "--out results/int8_compile_draft=ngram"
     )
 
 
 def test_the_command_of_another_engines_row_writes_its_recipe_and_measures_it(tmp_path):
     said = {"quant": "int4-g128-asym", "weights": "random", "model": "llama-2-13b"}
     theirs = record("vllm/int4-g128-asym", 40, baseline="vllm", config={"engine": "vllm"} | said)
-    command = bench_command(theirs)
+    command = measure_command(theirs)
     written, _, measured = command.partition(" && ")
     assert measured == "hotloop sweep cell.yaml"
     subprocess.run(["sh", "-c", written], cwd=tmp_path, check=True)
@@ -239,6 +240,15 @@ def test_the_command_of_another_engines_row_writes_its_recipe_and_measures_it(tm
     (config,) = expand(recipe)
     assert {name: getattr(config, name) for name in said} == said
     assert (recipe.workload, recipe.quality) == (theirs.workload, None)
+
+    scored = record("vllm/int4-g128-asym", 40, loss=0.1, baseline="vllm", config=theirs.config)
+    protocol = scored.quality_protocol.model_copy(update={"tasks": ("topics", "arc.jsonl")})
+    scored = scored.model_copy(update={"quality_protocol": protocol})
+    written, _, _ = measure_command(scored).partition(" && ")
+    subprocess.run(["sh", "-c", written], cwd=tmp_path, check=True)
+    quality = load_recipe(tmp_path / "cell.yaml").quality
+    assert (quality.window, quality.n_windows, quality.text) == (256, 5, Path("a text"))
+    assert quality.tasks == ["topics", "arc.jsonl"]
 
 
 def test_what_the_tool_calls_unstable_or_too_few_says_so_wherever_it_stands():

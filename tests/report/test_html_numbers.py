@@ -350,7 +350,7 @@ def of_folds(root: Element) -> Iterator[Statement]:
         for reason in (p for p in elements(article, "p") if "reason" in p.get("class", "")):
             yield Statement(reason, text_of(reason), (one.reason or "").__eq__)
     for code in elements(root, "code"):
-        levers = {str(n) for one in ALL for n in (*one.config.values(), 32, 64)}
+        levers = {str(n) for one in ALL for n in (*one.config.values(), 32, 64, 256, 5)}
         yield Statement(
             code,
             re.sub(r"^printf.*", "", text_of(code)),  # a recipe, which another test runs

@@ -112,6 +112,7 @@ def test_tasks_are_answered_by_the_timed_engine_and_compared_with_the_references
     record = run_cell(made, events.append)
     (task,) = record.tasks
     assert (task.task, task.accuracy.n, task.metric) == ("words", 80, "acc")
+    assert record.quality_protocol.tasks == ("words.jsonl",)
     assert task.reference_accuracy is not None
     assert task.at_chance == (record.verdict is None)
     done = [e.done for e in events if isinstance(e, CellPhase) and e.phase == "tasks"]

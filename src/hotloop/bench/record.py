@@ -242,6 +242,7 @@ class QualityProtocol(StrictModel):
         articles: The number of windows in each article of the text, if standard errors are
             clustered by article; None if they are clustered by window.
         reference: The reference of the comparison, such as ``none/eager float32``.
+        tasks: The tasks, as they were requested; of a file only the name, without its folder.
     """
 
     text: Name
@@ -250,6 +251,7 @@ class QualityProtocol(StrictModel):
     n_windows: Count
     articles: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
     reference: Name | None = None
+    tasks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
     def _every_window_is_of_an_article(self) -> Self:

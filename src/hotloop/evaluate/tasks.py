@@ -117,6 +117,14 @@ def resolve_task(text: str, folder: Path) -> str:
     return text
 
 
+def without_folder(text: str) -> str:
+    """Returns a task as it was requested, with the name of its file alone."""
+    name, colon, argument = text.partition(":")
+    if colon and name in TASKS:
+        return f"{name}:{Path(argument).name}"
+    return Path(text).name
+
+
 def answer_tasks(engine: Engine, tasks: Sequence[Task], on_item: OnItem) -> list[list[bool]]:
     """Answers all tasks, in their order."""
     total, before = sum(map(len, tasks)), 0

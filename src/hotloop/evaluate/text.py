@@ -24,6 +24,9 @@ from hotloop.untrusted import config_error, decode, parse_json, read_bytes
 MAX_TEXT_BYTES = 2**30
 """The largest file that is read; windows are taken from the beginning of a text."""
 
+DEFAULT_TEXT = "pydoc_data.topics"
+"""The beginning of the default text's name, before the version of Python."""
+
 _TITLE = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 
 
@@ -88,6 +91,6 @@ def _default_text() -> Text:
     from pydoc_data.topics import topics
 
     content, starts = _join([topics[name] for name in sorted(topics)])
-    name = f"pydoc_data.topics ({platform.python_implementation()} {platform.python_version()})"
+    name = f"{DEFAULT_TEXT} ({platform.python_implementation()} {platform.python_version()})"
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     return Text(name=name, content=content, sha256=sha256, starts=tuple(starts))

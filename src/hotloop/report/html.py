@@ -21,7 +21,7 @@ from markupsafe import Markup
 from hotloop.bench.record import Figure, Record
 from hotloop.printable import printable
 from hotloop.report import svg
-from hotloop.report.commands import bench_command, chat_command
+from hotloop.report.commands import chat_command, measure_command
 from hotloop.report.differences import (
     Difference,
     format_loss_change,
@@ -378,7 +378,7 @@ def _table_row(row: Row, columns: Sequence[Column], number: int, group_id: str) 
         cells=tuple(cells),
         recommended=row.recommended,
         faint=row.record.decode_tok_s is None,
-        command=bench_command(row.record),
+        command=measure_command(row.record),
     )
 
 
@@ -402,7 +402,7 @@ def _record_details(record: Record, numbers: Mapping[int, int], group_id: str) -
         id=f"{group_id}cell-{number}",
         number=number,
         record=record,
-        command=bench_command(record),
+        command=measure_command(record),
         figures=tuple(figures),
         settings=tuple((name, tuple(pairs)) for name, pairs in sections.items() if pairs),
     )

@@ -35,6 +35,7 @@ from hotloop.evaluate.tasks import (
     compare_tasks,
     load_tasks,
     read_answers,
+    without_folder,
     write_answers,
 )
 from hotloop.evaluate.text import Text, load_text
@@ -421,6 +422,7 @@ def _windows(
         window=job.quality.window,
         n_windows=len(windows),
         articles=windows_per_article(engine.encode, text.content, text.starts, size, len(windows)),
+        tasks=tuple(map(without_folder, job.quality.tasks)),
     )
     own = job.config.engine == OWN_ENGINE
     key = ReferenceKey(
