@@ -252,7 +252,7 @@ def test_sweep_by_flags_prints_the_table_and_leaves_it_in_the_folder(sweeps, tmp
     assert "Recommended" in shown
     assert shown.splitlines() == [line.rstrip() for line in shown.splitlines()]
     assert "none/eager" in progress
-    files = {"records.jsonl", "table.md", "table.csv", "page.md", "report.html"}
+    files = {"records.jsonl", "table.md", "table.csv", "published.md", "report.html"}
     assert {file.name for file in out.iterdir()} == files
 
 
@@ -471,7 +471,7 @@ def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
     other.mkdir()
     config = EngineConfig(model="n", quant="none", tensor_parallel=4)
     store.append(other / store.RECORDS, record(config, status="unsupported"))
-    argv = ["report", str(results), str(other), "--layout", "reference"]
+    argv = ["report", str(results), str(other), "--layout", "published"]
 
     assert main([*argv, "--format", "markdown"]) == 0
     first, second = capsys.readouterr().out.split("## ")[1:]
@@ -493,18 +493,18 @@ def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
 
 def test_the_full_layout_is_of_one_folder(results, capsys):
     assert main(["report", str(results), str(results)]) == 2
-    assert "only --html, --png and --layout reference combine several" in capsys.readouterr().err
+    assert "only --html, --png and --layout published combine several" in capsys.readouterr().err
 
 
 def test_report_leaves_the_tables_in_the_folder_where_it_is_asked_to(results, capsys):
     assert main(["report", str(results)]) == 0
     assert [file.name for file in results.iterdir()] == [store.RECORDS]
-    assert main(["report", str(results), "--write", "--layout", "reference"]) == 0
+    assert main(["report", str(results), "--write", "--layout", "published"]) == 0
     assert {file.name for file in results.iterdir()} == {
         store.RECORDS,
         "table.md",
         "table.csv",
-        "page.md",
+        "published.md",
         "report.html",
     }
     assert main(["report", str(results / store.RECORDS), "--write"]) == 2

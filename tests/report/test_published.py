@@ -34,20 +34,20 @@ def cell(tok_s: float | None = None, *, on: dict = GPU, **fields) -> Record:
     return record(name, tok_s, config=config, provenance=on, **fields)
 
 
-def page(*records: Record) -> Table:
+def published(*records: Record) -> Table:
     (table,) = make_published_tables(records)
     return table
 
 
 def shown(*records: Record) -> list[tuple[str, ...]]:
-    return [row.cells for row in page(*records).rows]
+    return [row.cells for row in published(*records).rows]
 
 
 def test_a_row_is_the_levers_and_both_speeds_with_their_uncertainty():
     one = cell(90, quant="int8", execution="compile", tensor_parallel=2, draft="ngram")
     (row,) = shown(one)
     assert row == ("int8", "yes", "2", "ngram-4", "90.00 ± 0.10", "90.00 ± 0.10")
-    headings = [column.heading for column in page(one).columns]
+    headings = [column.heading for column in published(one).columns]
     assert headings == [
         "Quantization",
         "Compiled",
@@ -56,7 +56,7 @@ def test_a_row_is_the_levers_and_both_speeds_with_their_uncertainty():
         "decode tokens/s",
         "end-to-end tokens/s",
     ]
-    assert "as gpt-fast does" in page(one).remarks[0]
+    assert "as gpt-fast does" in published(one).remarks[0]
 
 
 def test_rows_are_in_the_references_order_whatever_order_they_were_run_in():
@@ -78,7 +78,7 @@ def test_rows_are_in_the_references_order_whatever_order_they_were_run_in():
         {"quant": "int4-g64", "execution": "eager"},
         {"quant": "nf4", "execution": "eager"},
     ]
-    found = page(*(cell(9, **levers) for levers in reversed(expected)))
+    found = published(*(cell(9, **levers) for levers in reversed(expected)))
     assert [row.record.config for row in found.rows] == [LEVERS | levers for levers in expected]
 
 
@@ -132,7 +132,7 @@ def test_another_execution_is_shown_by_its_own_name():
     ],
 )
 def test_a_number_that_is_missing_or_doubtful_has_a_note(fields, decode, note):
-    table = page(cell(**fields))
+    table = published(cell(**fields))
     assert table.rows[0].cells[4] == decode
     assert table.notes == (note,)
 
@@ -156,29 +156,29 @@ def test_auto_is_shown_and_sorted_as_the_execution_that_ran():
 
 def test_acceptance_of_random_weights_is_not_taken_for_that_of_a_trained_model():
     drafted = {"draft": "small", "speculation": drafting(draft="small-4")}
-    table = page(cell(90), cell(95, **drafted), cell(95, draft_quant="int8", **drafted))
+    table = published(cell(90), cell(95, **drafted), cell(95, draft_quant="int8", **drafted))
     assert [row.cells[3] for row in table.rows] == ["–", "small-4 [1]", "small:int8-4 [1]"]
     assert table.notes == (RANDOM_ACCEPTANCE,)
     assert "not quality" in table.remarks[-1]
 
-    trained = page(cell(95, weights="checkpoint", **drafted))
+    trained = published(cell(95, weights="checkpoint", **drafted))
     assert trained.notes == ()
     assert not any("andom" in remark for remark in trained.remarks)
 
 
-def test_a_configuration_that_differs_in_what_the_page_does_not_show_is_named():
-    table = page(cell(9), cell(8, dtype="float32", suffix="float32"), cell(7, quant="int8"))
+def test_a_configuration_that_differs_in_what_the_layout_does_not_show_is_named():
+    table = published(cell(9), cell(8, dtype="float32", suffix="float32"), cell(7, quant="int8"))
     assert [row.cells[0] for row in table.rows] == ["none [1]", "none [2]", "int8"]
     assert table.notes == ("none/eager", "none/eager/float32")
 
 
 def test_another_engine_is_a_row_at_the_top_and_none_of_ours():
     theirs = cell(60, quant="awq", execution="auto", baseline="vllm")
-    table = page(cell(9), theirs)
+    table = published(cell(9), theirs)
     assert table.rows[0].cells[:4] == ("vllm, awq", "–", "1", "–")
-    assert len(page(cell(9), cell(60, baseline="vllm")).rows) == 2
+    assert len(published(cell(9), cell(60, baseline="vllm")).rows) == 2
     compiled = cell(60, quant="auto", execution="compile", baseline="transformers")
-    assert page(compiled).rows[0].cells[:2] == ("transformers", "yes")
+    assert published(compiled).rows[0].cells[:2] == ("transformers", "yes")
 
 
 def test_records_that_cannot_be_compared_are_in_separate_tables():
@@ -207,9 +207,9 @@ def test_several_folders_are_joined_and_the_last_attempt_at_a_cell_counts():
 
 def test_a_record_that_ended_before_its_device_was_known_stays_with_its_model():
     lost = cell(status="failed", reason="exit code 3", on=NOWHERE, quant="int8")
-    table = page(lost, cell(9))
+    table = published(lost, cell(9))
     assert [row.record.status for row in table.rows] == ["ok", "failed"]
-    assert page(lost).title == "big, random weights"
+    assert published(lost).title == "big, random weights"
 
 
 def test_an_old_record_without_the_newest_levers_is_a_row():
@@ -227,12 +227,12 @@ def test_markdown_has_a_heading_and_a_table_for_each_model():
     assert "- model:" not in first  # the heading says it
 
 
-def test_the_page_in_the_docs_is_that_of_the_records_that_are_kept():
+def test_the_layout_in_the_docs_is_that_of_the_records_that_are_kept():
     folder = ROOT / "benchmarks/results/h200-asclepius-13b"
     (made,) = make_published_tables(read_records(folder))
     docs = (ROOT / "docs/performance.md").read_text()
-    _, _, after = docs.partition(f"<!-- page of {folder.name}: begin -->\n\n")
-    shown, _, _ = after.partition(f"\n\n<!-- page of {folder.name}: end -->")
+    _, _, after = docs.partition(f"<!-- published layout of {folder.name}: begin -->\n\n")
+    shown, _, _ = after.partition(f"\n\n<!-- published layout of {folder.name}: end -->")
     assert shown
     assert f"\n\n{shown}\n\n" in to_markdown(made)
 
@@ -241,7 +241,7 @@ def test_the_page_in_the_docs_is_that_of_the_records_that_are_kept():
 def test_a_terminal_shows_every_cell(width):
     out = io.StringIO()
     drafted = cell(90, quant="int4-g128", draft="llama-2-13b", draft_quant="int4-g128")
-    Console(file=out, width=width).print(to_rich(page(drafted)))
+    Console(file=out, width=width).print(to_rich(published(drafted)))
     lines = out.getvalue().splitlines()
     assert lines[0].strip() == "big, random weights on A GPU"
     (row,) = (line for line in lines if line.startswith("int4-g128"))
@@ -263,5 +263,5 @@ def test_csv_has_the_levers_and_the_numbers_as_recorded_over_all_tables():
     assert (second["model"], second["speculation_acceptance"]) == ("small", "")
 
 
-def test_no_records_make_no_page():
+def test_no_records_make_no_table():
     assert make_published_tables([]) == []

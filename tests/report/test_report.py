@@ -300,7 +300,7 @@ def test_a_speed_that_is_not_known_is_not_recommended(speeds, says):
     assert unscored.cell is None
 
 
-def test_notes_of_an_engine_are_said_once_in_a_table_and_beside_the_verdict_of_a_page():
+def test_notes_of_an_engine_are_said_once_in_a_table_and_beside_the_verdict_of_the_html_page():
     note = "int8/cpu not used: there is no C++ compiler"
     sentence = "210 matrices are quantized again as int8."
     slow = record("int8/eager", 50, loss=0.001, engine={"notes": [note, sentence]})
@@ -311,8 +311,8 @@ def test_notes_of_an_engine_are_said_once_in_a_table_and_beside_the_verdict_of_a
     assert table.notes == (note, sentence)
     assert not any(sentence in advice for advice in table.advice)
     assert recommend([REFERENCE, slow]).note == f"Notes on int8/eager: {note}. {sentence}"
-    (page,) = make_published_tables([slow])
-    assert note in page.notes
+    (published,) = make_published_tables([slow])
+    assert note in published.notes
 
 
 def test_other_engines_come_first_wherever_they_were_measured():
@@ -403,7 +403,7 @@ def test_a_terminal_of_40_columns_shows_configuration_and_decode_speed_side_by_s
     assert "…" not in text
 
 
-def test_the_page_is_narrow_too():
+def test_the_published_layout_is_narrow_too():
     (table,) = make_published_tables(EVERYTHING)
     out = io.StringIO()
     Console(file=out, width=40).print(to_rich(table))
@@ -556,8 +556,8 @@ def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):
     table = write_results(tmp_path, read_records(tmp_path))
     assert (tmp_path / "table.md").read_text() == to_markdown(table)
     assert (tmp_path / "table.csv").read_text() == to_csv(table)
-    (page,) = make_published_tables(EVERYTHING)
-    assert (tmp_path / "page.md").read_text() == to_markdown(page)
+    (published,) = make_published_tables(EVERYTHING)
+    assert (tmp_path / "published.md").read_text() == to_markdown(published)
     assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["cell"]
 
 

@@ -147,5 +147,5 @@ def lines() -> Iterator[Case]:
 def test_one_odd_record_is_left_out_by_file_and_line_and_stops_no_report(case, tmp_path):
     check(case, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("records.jsonl", "table.md", "table.csv", "page.md", "report.html")
+        *("records.jsonl", "table.md", "table.csv", "published.md", "report.html")
     }

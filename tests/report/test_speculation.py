@@ -135,8 +135,8 @@ def test_an_assumed_acceptance_is_named_in_every_table_and_never_recommended():
     alone = recommend([assumed])
     assert alone.cell is None
     assert "every measured configuration has an assumed acceptance" in alone.why
-    table, (page,) = make_table(records), make_published_tables(records)
-    for each in (table, page):
+    table, (published,) = make_table(records), make_published_tables(records)
+    for each in (table, published):
         text = to_markdown(each)
         assert "Assumed acceptance: each draft was accepted with probability 0.8," in text
         assert "assumed0.8" in text
@@ -146,7 +146,7 @@ def test_an_assumed_acceptance_is_named_in_every_table_and_never_recommended():
     assert "the assumed acceptance of first drafts is" in html
 
 
-def test_a_batch_of_samples_of_drafted_speed_keeps_the_page_whole():
+def test_a_batch_of_samples_of_drafted_speed_keeps_the_html_page_whole():
     many = [
         drafted().model_copy(
             update={

@@ -1,4 +1,4 @@
-"""The recipes of the reference page, from the file to the page, on a machine that is too small."""
+"""The recipes of the published tables, from a file to a table, on a machine that is too small."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def run_all(recipe: Recipe) -> list[Record]:
 
 
 @pytest.mark.usefixtures("_one_small_gpu")
-def test_what_cannot_run_is_a_row_of_the_page_that_says_by_how_much(monkeypatch):
+def test_what_cannot_run_is_a_row_of_the_table_that_says_by_how_much(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda _: 4 * GIB)
     (table,) = make_published_tables(run_all(with_random_weights("llama-2-70b.yaml")))
     assert table.title == "llama-2-70b, random weights on A small GPU"

@@ -41,7 +41,7 @@ def size_limit(n_bytes: int) -> Iterator[None]:
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("mine")
-    link = tmp_path / "page.md"
+    link = tmp_path / "published.md"
     link.symlink_to(outside)
     write_whole(link, "theirs")
     assert outside.read_text() == "mine"

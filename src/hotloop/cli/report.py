@@ -23,7 +23,7 @@ Examples:
   hotloop report results/demo --html
   hotloop report results/demo --format markdown > table.md
   hotloop report results/demo --json | jq .decode_tok_s.mean
-  hotloop report results/13b results/70b --layout reference""",
+  hotloop report results/13b results/70b --layout published""",
 )
 
 
@@ -35,12 +35,12 @@ def report(
         Path,
         option(
             OUTPUT,
-            "Further results folders to combine, with --html, --png or --layout reference.",
+            "Further results folders to combine, with --html, --png or --layout published.",
         ),
     ],
     layout: Annotated[
-        Literal["full", "reference"],
-        option(OUTPUT, "full shows every figure; reference shows tokens/s, in a table per model."),
+        Literal["full", "published"],
+        option(OUTPUT, "full shows every figure; published shows tokens/s, in a table per model."),
     ] = "full",
     form: Annotated[
         Literal["table", "markdown", "csv", "json"],
@@ -68,7 +68,10 @@ def report(
     ] = False,
     write: Annotated[
         bool,
-        option(OUTPUT, "Also write table.md, table.csv, page.md and report.html into the folders."),
+        option(
+            OUTPUT,
+            "Also write table.md, table.csv, published.md and report.html into the folders.",
+        ),
     ] = False,
     tolerance: Tolerance = MAX_DELTA_LN_PPL,
     json: Json = False,
@@ -76,8 +79,8 @@ def report(
     """Print the table of a sweep, and its recommendation.
 
     The last attempt of each configuration counts. Lines that are damaged or
-    incomplete are skipped, with a note on standard error. --layout reference is
-    the layout of published tables of decoding speed.
+    incomplete are skipped, with a note on standard error. --layout published
+    is the layout of published tables of decoding speed.
     """
     from hotloop.report import published, table
     from hotloop.report.html import to_html
@@ -90,7 +93,7 @@ def report(
     if more and layout == "full" and not (html or png):
         raise ConfigError(
             f"{1 + len(more)} results folders were given, but only --html, --png and "
-            "--layout reference combine several. Give one."
+            "--layout published combine several. Give one."
         )
     if out is not None and not (html or png):
         raise ConfigError("--out is the file of --html: add --html, or redirect the output.")

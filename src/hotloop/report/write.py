@@ -21,7 +21,7 @@ REPORT = "report.html"
 def write_results(
     folder: Path, records: Sequence[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
 ) -> Table:
-    """Writes ``table.md``, ``table.csv``, ``page.md`` and ``report.html``, or replaces them.
+    """Writes ``table.md``, ``table.csv``, ``published.md`` and ``report.html``, or replaces them.
 
     Args:
         folder: A results folder.
@@ -35,10 +35,10 @@ def write_results(
         HotloopError: A file cannot be written.
     """
     table = make_table(records, max_delta_ln_ppl=max_delta_ln_ppl)
-    page = "\n".join(map(to_markdown, make_published_tables(records)))
+    published = "\n".join(map(to_markdown, make_published_tables(records)))
     write_whole(folder / "table.md", to_markdown(table))
     write_whole(folder / "table.csv", to_csv(table))
-    write_whole(folder / "page.md", page)
+    write_whole(folder / "published.md", published)
     write_whole(folder / REPORT, to_html(records, max_delta_ln_ppl=max_delta_ln_ppl))
     return table
 
@@ -49,7 +49,7 @@ def write_plots(
     *,
     max_delta_ln_ppl: float = MAX_DELTA_LN_PPL,
 ) -> list[Path]:
-    """Writes every plot of the records' page as a PNG file.
+    """Writes every plot of the records' HTML page as a PNG file.
 
     Args:
         folder: The folder to write into.
