@@ -604,7 +604,7 @@ class DecodeStep:
         if "ends" in self.parts:
             calls += calls_of(plans["head"], prescaled, self.logits, *self.head, best=best, **work)
             calls.append(step.argmax(best, self.ids))
-        # Kept, since they keep alive what the graph reads and writes.
+        # Stored, because they own the memory that the graph reads and writes.
         self.launches = [device.prepare(call, dependent=dependent) for call in calls]
         self.graph = capture(self.launches)
 
@@ -1053,11 +1053,11 @@ def attention_section(section: Section) -> None:
             (200, 1024, 4096, 32_768), (1, 8), counts, (256, 512), rings
         ):
             if batch * context > 40_000:
-                continue  # beyond memory
+                continue  # more than the memory holds
             if section.time_is_up:
                 return
             if chunks > rule.chunks and context <= least * rule.chunks:
-                continue  # the same again
+                continue  # the chunks would be the same
             tuning = AttentionTuning(
                 chunks=chunks, min_chunk=least, warps=warps, stages=stages, octets=1
             )

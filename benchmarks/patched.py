@@ -161,7 +161,7 @@ def measure(
     new_tokens: int,
     device: str,
 ) -> dict[str, Any]:
-    """Measures decode tok/s in total by number of rows, and hashes the tokens."""
+    """Measures total decode tok/s for each number of rows, and hashes the tokens."""
     from hotloop import LLM, SamplingParams
 
     llm = LLM(

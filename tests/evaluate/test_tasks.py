@@ -295,6 +295,13 @@ def test_without_a_reference_there_are_figures_and_no_verdict():
     assert figures[0].compared is verdict is None
 
 
+def test_a_task_that_has_changed_since_the_reference_answered_it_is_not_compared():
+    with pytest.raises(
+        ConfigError, match="has 4 items, and the reference answered 3: its data"
+    ):
+        compare_tasks([cloze_task("t", 4)], [[True] * 4], [[True] * 3])
+
+
 def test_a_reference_without_a_right_answer_gives_no_verdict():
     figures, verdict = compare_tasks([cloze_task("t", 4)], [[True] * 4], [[False] * 4])
     assert (figures[0].at_chance, verdict) == (True, None)

@@ -201,11 +201,21 @@ def compare_tasks(
     Returns:
         Each task's figures, and the verdict; None without a reference, or if every task is
         ``at_chance``.
+
+    Raises:
+        ConfigError: The reference answered another number of items.
     """
     figures, paired = [], []
     for i, (task, right) in enumerate(zip(tasks, answers, strict=True)):
         fields: dict[str, Any] = {}
         if reference is not None:
+            if len(reference[i]) != len(right):
+                raise ConfigError(
+                    f"the task {shorten_value(task.name)} has {len(right):,} items, and the "
+                    f"reference answered {len(reference[i]):,}: its data has "
+                    "changed. Delete the reference's answers (a .json file in `references` of the "
+                    "cache folder), and they will be written again."
+                )
             pair = PairedTask(
                 name=task.name, chance=task.chance, reference=reference[i], tested=right
             )

@@ -256,21 +256,24 @@ def _pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Reco
 
 
 def _identity(record: Record) -> str:
+    """Returns the engine and the configuration, by which cells of the two sets are matched."""
     config = {name: v for name, v in record.config.items() if name != "max_seq_len"}
     return json.dumps([record.baseline, config], sort_keys=True)
 
 
 def _has_speed(a: Record, b: Record) -> bool:
-    """Returns whether the speeds of a pair can be compared; not if both were only scored."""
+    """Returns whether a pair is compared by speed: not if both records were only scored."""
     scored = all(r.status in MEASURED and r.workload is None for r in (a, b))
     return not (scored and (_has_quality(a, b) or _has_answers(a, b)))
 
 
 def _has_quality(a: Record, b: Record) -> bool:
+    """Returns whether a pair is compared by perplexity: if either record has it."""
     return a.perplexity is not None or b.perplexity is not None
 
 
 def _has_answers(a: Record, b: Record) -> bool:
+    """Returns whether a pair is compared by accuracy: if either record answered tasks."""
     return bool(a.tasks or b.tasks)
 
 

@@ -1,4 +1,4 @@
-"""Runs a recipe: the reference first, then each cell in a process of its own, one after the other.
+"""Runs a recipe: first the references, then each cell, one after the other in its own process.
 
 Cells run one at a time, because cells that share a machine disturb each other's measurements. A
 record is on the disk before the next cell starts, so a sweep can be stopped and resumed.
@@ -44,7 +44,8 @@ COULD_NOT_RUN: tuple[Status, ...] = ("unsupported", "predicted-oom", "oom")
 """Statuses of cells that ``resume`` runs again only if the circumstances have changed."""
 
 FINISHED: tuple[Status, ...] = (*MEASURED, *COULD_NOT_RUN)
-"""Statuses of cells that ``resume`` does not run again, since they would end in the same way."""
+"""Statuses of cells that ``resume`` skips, since they would end in the same way again; those of
+``COULD_NOT_RUN`` only while the circumstances are the same."""
 
 MIN_MEMORY_GROWTH = 1.1
 """The factor by which free memory must have grown before a cell that did not fit is tried again."""
