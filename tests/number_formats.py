@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hotloop.kernels.linear import QuantizedKind
 from hotloop.quant import QTensor
-from hotloop.quant.qtensor import order_name
+from hotloop.quant.qtensor import hash_permutation
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -104,7 +104,7 @@ def weight(
         super_offset=super_offset,
         table=numbers,
         permutation=permutation,
-        order=None if permutation is None else order_name(permutation),
+        permutation_hash=None if permutation is None else hash_permutation(permutation),
     )
 
 

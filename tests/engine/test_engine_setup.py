@@ -65,7 +65,7 @@ def test_number_formats_that_the_fused_step_cannot_hold_are_named():
     four = spec(kind="int4", scale_dtype=torch.bfloat16)
     eight = spec(kind="int8", scale_dtype=torch.float16)
     odd = spec(kind="int4", scale_dtype=torch.bfloat16, group_size=8)
-    sorted_ = spec(kind="int4", scale_dtype=torch.bfloat16, order="another")
+    sorted_ = spec(kind="int4", scale_dtype=torch.bfloat16, permutation_hash="another")
     for pieces, reason in (
         ([four], None),
         ([four, eight], None),

@@ -12,7 +12,7 @@ from torch import Tensor
 from hotloop.kernels.linear import DENSE, Fused, KernelFormat, LinearSpec, choose_linear
 from hotloop.kernels.pack import pack_in_chunks
 from hotloop.quant import QTensor
-from hotloop.quant.rows import RowStream, interleave, paired_chunks, row_chunks_of, split
+from hotloop.quant.rows import RowStream, interleave, paired_chunks, row_chunks_of, unzip
 
 FORMATS = ("dense", *number_formats.NAMES)
 
@@ -129,7 +129,7 @@ def test_streams_of_the_same_rows_are_packed_in_step():
             assert len(made) <= min(map(len, taken)) + 4, "no more is held than a few pieces"
             yield step
 
-    first, second = split(pairs())
+    first, second = unzip(pairs())
     interleave(run(first, taken[0], 1), run(second, taken[1], 4))
     assert taken == (list(range(12)), [-i for i in range(12)])
     assert made == list(range(12)), "each once"

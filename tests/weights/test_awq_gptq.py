@@ -39,7 +39,7 @@ from hotloop.engine.memory import predict_memory
 from hotloop.engine.setup import prepare
 from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.quant.claims import read_claims
-from hotloop.quant.encodings.awq import _rows
+from hotloop.quant.encodings.awq import _unpack
 from hotloop.quant.encodings.bits import unpack
 from hotloop.quant.encodings.gptq import _zero_points
 from hotloop.types import EngineConfig
@@ -121,7 +121,7 @@ def test_golden_words():
     assert pack(eight, 4).item() == 0x76543210
     assert unpack(pack(eight, 4), 4).tolist() == eight.tolist()
     assert unpack(pack(eight, 8), 8).tolist() == eight.tolist()
-    assert _rows(pack(eight, 4, AWQ_ORDER)).T.tolist() == [[q - 8 for q in range(8)]]
+    assert _unpack(pack(eight, 4, AWQ_ORDER)).T.tolist() == [[q - 8 for q in range(8)]]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_description_that_contradicts_the_tensors_is_refused(said, problem, tm
         (GPTQ | {"sym": True}, "with zero points, though"),
         (GPTQ | {"checkpoint_format": "marlin"}, "gptq, checkpoint_format marlin"),
         (GPTQ | {"dynamic": {"(a+)+$": {}}}, "repeats too much"),
-        (GPTQ | {"dynamic": {"+:[": {}}}, "no regular expression"),
+        (GPTQ | {"dynamic": {"+:[": {}}}, "not a valid regular expression"),
         (None, "does not say which (checkpoint_format: gptq or gptq_v2)"),
     ],
 )

@@ -282,7 +282,7 @@ def test_zero_points_need_not_be_packed(tmp_path):
     [
         (
             {"weight_zero_point": torch.full((64, 2), 11, dtype=torch.int8)},
-            "zero points have a sign",
+            "zero points are signed",
         ),
         (
             {"weight_zero_point": torch.zeros(3, 2, dtype=torch.int8)},

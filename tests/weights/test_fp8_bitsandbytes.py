@@ -312,7 +312,7 @@ def test_settings_of_auto_round_may_be_under_a_pattern_of_names(tmp_path):
     other |= {r"layers\.0\.mlp\.(up|gate|down)_proj": {"bits": 16}}
     assert_same_model(*write_stored(tmp_path, encode, ROUND | {"extra_config": other}))
     quantized, _ = write_stored(tmp_path / "other", encode, ROUND | {"extra_config": {"(": {}}})
-    assert "is no regular expression" in refusal(quantized)
+    assert "is not a valid regular expression" in refusal(quantized)
 
 
 def test_a_packing_of_auto_round_that_is_not_read_is_refused(tmp_path):

@@ -352,7 +352,7 @@ def _plan_shards(
             return model.shards(n_ranks, alignment), schemes
         except UnsupportedError:
             finer = {
-                name: scheme.finer if isinstance(scheme, Auto) else scheme
+                name: scheme.with_smaller_super_blocks() if isinstance(scheme, Auto) else scheme
                 for name, scheme in schemes.items()
             }
             if finer == schemes:

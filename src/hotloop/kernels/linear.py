@@ -32,6 +32,7 @@ from hotloop.kernels.cuda.packing import (
     FACTOR,
     GROUP_SIZES,
     HALF_SLICE,
+    MAX_TERMS,
     TILE_ROWS,
     Format,
     Scale,
@@ -67,12 +68,12 @@ class KernelFormat:
             weight.
         scale_dtype: Element type of scales, and of floating-point offsets.
         zero: ``integer``: a group's integer zero point is subtracted before scaling. ``offset``: a
-            group's offset is added after it.
+            group's offset is added after scaling.
         super_size: Input features that share a factor of scales and offsets, in two-level formats.
         super_dtype: Element type of these factors.
         table: The lookup table of ``lut4``.
-        order: The name of the columns' order by ``quant.qtensor.order_name``, if it differs from
-            that of the input features (act-order); else None.
+        permutation_hash: ``quant.qtensor.hash_permutation`` of the order of columns, if it differs
+            from that of the input features (act-order); else None.
     """
 
     kind: Kind
@@ -82,12 +83,12 @@ class KernelFormat:
     super_size: int | None = None
     super_dtype: torch.dtype | None = None
     table: tuple[float, ...] | None = None
-    order: str | None = None
+    permutation_hash: str | None = None
 
     @property
     def permuted(self) -> bool:
         """Whether the order of columns differs from that of input features."""
-        return self.order is not None
+        return self.permutation_hash is not None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -231,7 +232,7 @@ class LinearKernel(Protocol):
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether packed rows equal the unpacked rows, so that a slice of rows is no copy."""
+        """Whether packed rows equal the unpacked rows, so that a slice of rows needs no copy."""
         ...
 
     @property
@@ -240,10 +241,11 @@ class LinearKernel(Protocol):
         ...
 
     @property
-    def unit_rows(self) -> int:
-        """Output features that are packed together; half from each half of a paired weight.
+    def row_alignment(self) -> int:
+        """Output features that are packed together; half of them from each half of a paired weight.
 
-        Concatenated packed weights of whole units equal the packed concatenation.
+        Pieces of a weight that have a multiple of this many rows can be packed one by one: their
+        packed tensors, concatenated along ``row_axes``, are those of the whole.
         """
         ...
 
@@ -251,7 +253,7 @@ class LinearKernel(Protocol):
         """Arranges a weight in the kernel's layout, on the weight's device.
 
         Args:
-            weight: [N, K], or whole units of its rows.
+            weight: [N, K], or a multiple of ``row_alignment`` of its rows.
         """
         ...
 
@@ -318,7 +320,7 @@ reported as a reason why a faster kernel is not used."""
 class _ByRows:
     """Defaults for kernels whose packed tensors have a row for each output feature."""
 
-    unit_rows = 1
+    row_alignment = 1
 
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
         return [0] * len(packed)
@@ -406,7 +408,7 @@ class ChannelwiseTorch(_ByRows):
 
 
 class Int8Cpu(ChannelwiseTorch):
-    """Matrix product with an int8 weight with a scale per row on a CPU, by our own kernel."""
+    """Matrix product with an int8 weight on a CPU, with a scale per row, by our own kernel."""
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
@@ -421,7 +423,7 @@ class Int8Cpu(ChannelwiseTorch):
 
 
 class GroupedCpu(_ByRows):
-    """Matrix product with a weight with scales of groups on a CPU, by our own kernel.
+    """Matrix product with a weight in groups on a CPU, by our own kernel.
 
     Values are integers, indices of a lookup table or fp8. Integers of 5 and 6 bits are stored in 8
     bits.
@@ -429,7 +431,7 @@ class GroupedCpu(_ByRows):
 
     keeps_rows = False
     embeds = permutes = True
-    unit_rows = BLOCK_FEATURES
+    row_alignment = BLOCK_FEATURES
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/cpu"
@@ -478,7 +480,7 @@ class Int4TinyGemm(_ByRows):
     name = "int4/tinygemm"
     keeps_rows = embeds = permutes = False
 
-    unit_rows = 8
+    row_alignment = 8
 
     def __init__(self, spec: LinearSpec) -> None:
         self.nbytes = spec.n * spec.k // 2 + 4 * spec.n_scales  # a zero beside every scale
@@ -590,15 +592,18 @@ class Fused(_ByRows):
 
     The fused step reads the packed weight itself. A call of this kernel, for the many rows of a
     prompt, dequantizes the weight to bfloat16.
+
+    Attributes:
+        form: The packed format, from which the fused step chooses its kernels.
     """
 
     embeds = False
-    unit_rows = TILE_ROWS
+    row_alignment = TILE_ROWS
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/fused"
         self._spec, self._format = spec, spec.format
-        self.form = _fused_form(spec)
+        self.form = _packed_format(spec)
         if spec.plain_rows:
             self.form = self.form.with_plain_rows()
         self.keeps_rows = self.form.plain_rows
@@ -608,11 +613,14 @@ class Fused(_ByRows):
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
         """Returns why the fused step cannot hold a weight exactly, or None if it can."""
-        form = spec.format
-        if form.table is not None and terms(form.table) is None:
-            return "does not support a lookup table of such numbers"
-        size = form.group_size
-        if size is not None and size % HALF_SLICE and not form.is_per_channel(spec.k):
+        format_ = spec.format
+        if format_.table is not None and terms(format_.table) is None:
+            return (
+                "supports only lookup tables whose numbers are sums of at most "
+                f"{MAX_TERMS} bfloat16 numbers"
+            )
+        size = format_.group_size
+        if size is not None and size % HALF_SLICE and not format_.is_per_channel(spec.k):
             return f"supports only groups of a multiple of {HALF_SLICE}, not {size}"
         return None
 
@@ -630,7 +638,7 @@ class Fused(_ByRows):
                 packed,
                 weight.scale.reshape(-1).float().clone(),
             ]  # a copy, which no embedding shares
-        # A group of more features than a unit has becomes several groups with the same scale.
+        # The packed format has smaller groups than some weights: their scales are repeated.
         repeats = (self._format.group_size or 0) // self.form.group_size
         scale, offset, factors = weight.scale, weight.offset, ()
         if self.form.scale == "two":
@@ -661,7 +669,7 @@ class Fused(_ByRows):
         return [0 if part < rows else None for part in range(len(packed))]
 
     def named(self, packed: Sequence[Tensor]) -> FusedParts:
-        """Returns what ``pack`` returned, by name."""
+        """Names the tensors that ``pack`` returned."""
         weight, *others = packed
         scale_N = others.pop(0) if self.form.has_channel_scales else None
         features_K = others.pop(0) if self.form.permuted else None
@@ -681,7 +689,7 @@ class Fused(_ByRows):
         return Fused(self._spec.high), [packing.high_plane(self.form, weight)]
 
 
-def _fused_form(spec: LinearSpec) -> Format:
+def _packed_format(spec: LinearSpec) -> Format:
     """Returns the packed format of a weight that the fused step holds exactly.
 
     Two-level scales are kept as such if they are like those of GGUF's super-blocks, or have one
@@ -724,7 +732,7 @@ def _has_row_scale(spec: LinearSpec) -> bool:
 
 
 def _has_two_levels(form: KernelFormat, unit_k: int) -> bool:
-    """Returns whether scales are integers with half-precision factors of whole units."""
+    """Returns whether scales are integers, and their half-precision factors span whole units."""
     is_whole = form.super_size is not None and form.super_size % unit_k == 0
     are_halves = form.scale_dtype == torch.int8 and form.super_dtype == FACTOR
     return is_whole and are_halves and form.zero != "integer"
@@ -743,8 +751,7 @@ class Dequantizing(_ByRows):
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/dequantized"
         self._spec, self._format, self._dtype = spec, spec.format, spec.dtype
-        # The unit of packed words, which torch.compile unpacks by quarters.
-        self._group = spec.format.group_size or 0
+        self._group = spec.format.group_size or 0  # nibbles are packed by group
         self._nested = spec.kind == "nested"
         self._packs = spec.kind in FOUR_BITS and self._group % 4 == 0
         self._bias = 8 if spec.kind in ("uint4", "lut4") else 0
@@ -831,8 +838,8 @@ class Permuted:
         return torch.empty_like(weight).index_copy_(1, permutation_K.long(), weight)
 
     @property
-    def unit_rows(self) -> int:
-        return self._inner.unit_rows
+    def row_alignment(self) -> int:
+        return self._inner.row_alignment
 
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
         return [*self._inner.row_axes(packed[:-1]), None]
@@ -932,7 +939,7 @@ def _inexact(
     zeros: tuple[Zero, ...],
     groups: tuple[int, ...],
 ) -> str | None:
-    """Names the property of a quantized weight that a kernel cannot hold exactly; else None.
+    """Returns why a kernel cannot hold a quantized weight exactly, or None if it can.
 
     Args:
         spec: The weight.

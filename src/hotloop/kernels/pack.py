@@ -18,9 +18,9 @@ _VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
 """
 
 
-def rows_at_once(k: int, unit: int, device: torch.device) -> int:
-    """Returns how many rows to pack at once, a multiple of ``unit``."""
-    return max(_VALUES_AT_ONCE[device.type] // k // unit, 1) * unit
+def rows_at_once(k: int, alignment: int, device: torch.device) -> int:
+    """Returns the number of rows to pack at once, a multiple of ``alignment``."""
+    return max(_VALUES_AT_ONCE[device.type] // k // alignment, 1) * alignment
 
 
 def pack_in_chunks(
@@ -32,8 +32,9 @@ def pack_in_chunks(
 
     Args:
         kernel: The kernel.
-        chunks: The rows in order; all chunks but the last have the same number of whole units. A
-            chunk of a paired weight has as many rows of the first half as of the second.
+        chunks: The rows in order. All chunks but the last have the same number of rows, a multiple
+            of ``kernel.row_alignment``. A chunk of a paired weight has as many rows of the first
+            half as of the second.
         n: Output features in all.
         paired: Pack the halves of the weight together, as the fused step reads a paired weight.
 
@@ -52,8 +53,8 @@ def pack_in_chunks(
             return packed
         axes = kernel.row_axes(packed)
         if not whole:
-            units, wanted = rows // kernel.unit_rows, -(-n // kernel.unit_rows)
-            whole = [_resized(*each, units, wanted) for each in zip(packed, axes, strict=True)]
+            n_here, n_all = rows // kernel.row_alignment, -(-n // kernel.row_alignment)
+            whole = [_resized(*each, n_here, n_all) for each in zip(packed, axes, strict=True)]
             ends = [0] * len(packed)
         for i, (part, axis) in enumerate(zip(packed, axes, strict=True)):
             if axis is None or part.numel() == 0:
@@ -69,7 +70,7 @@ def pack_in_chunks(
         row += rows
         yield rows
     assert row == n, f"the chunks have {row} rows, not {n}"
-    # An incomplete last unit takes less space in tensors that are not padded.
+    # Where the last rows are fewer than row_alignment, tensors without padding are shorter.
     return [
         part
         if axis is None or part.numel() == 0 or end == part.shape[axis]
@@ -78,11 +79,11 @@ def pack_in_chunks(
     ]
 
 
-def _resized(part: Tensor, axis: int | None, units: int, wanted: int) -> Tensor:
-    """Allocates packed tensors for ``wanted`` units, given those of ``units`` units."""
+def _resized(part: Tensor, axis: int | None, n: int, n_all: int) -> Tensor:
+    """Allocates a packed tensor for ``n_all`` times ``row_alignment`` rows; ``part`` has ``n``."""
     if axis is None or part.numel() == 0:
         return part
     shape = list(part.shape)
-    assert shape[axis] % units == 0, f"{shape[axis]} along {axis} for {units} units"
-    shape[axis] = shape[axis] // units * wanted
+    assert shape[axis] % n == 0, f"{shape[axis]} along {axis} for {n} times row_alignment"
+    shape[axis] = shape[axis] // n * n_all
     return in_huge_pages(part.new_empty(shape))

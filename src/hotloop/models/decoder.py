@@ -32,7 +32,10 @@ from hotloop.models.rope import rope_tables
 
 
 class Run(Protocol):
-    """Calls the decoder's parts: ``embed``, each ``Block.forward``, ``logits``."""
+    """Calls the decoder's parts (``Decoder.embed``, each ``Block.forward``, ``Decoder.logits``).
+
+    An execution mode passes its own to run them compiled.
+    """
 
     def __call__(self, part: Callable[..., Any], /, *args: Any) -> Any:
         """Calls ``part(*args)`` and returns its result."""
@@ -302,7 +305,7 @@ class Decoder(nn.Module):
                 order: some kernels then need no copy. None if they do not, or if it is not known.
             length: A number above every position, which limits the part of the cache that is read.
             n_layers: Number of layers to run; None runs all.
-            run: Calls the parts.
+            run: Calls the parts; the default calls them directly.
         """
         x_BTD, ropes = run(Decoder.embed, self, ids_BT, positions_BT)
         layers = self.layers if n_layers is None else self.layers[:n_layers]
@@ -327,7 +330,12 @@ class Decoder(nn.Module):
     def embed(
         self, ids_BT: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Looks up the inputs of the layers: hidden states, and rows of each rope's two tables."""
+        """Looks up the inputs of the layers.
+
+        Returns:
+            Hidden states [B, T, D]; and for each of the model's rope tables, the cosines and sines
+            of the positions, float32 [B, T, E] each.
+        """
         ropes = [
             (getattr(self, f"cos{i}")[positions_BT], getattr(self, f"sin{i}")[positions_BT])
             for i in range(self._n_tables)

@@ -170,7 +170,7 @@ class ModelKeys(StrictModel):
         if rotated % 2 or rotated < least:
             raise ValueError(
                 f"partial_rotary_factor {self.rope.partial_rotary_factor} of heads {width} wide "
-                f"rotates {rotated:g} elements; it must be an even number of at least {least}"
+                f"rotates {rotated:g} elements; their number must be even and at least {least}"
             )
         for key in ("short_factor", "long_factor"):
             factors = getattr(self.rope, key)
@@ -261,9 +261,9 @@ def read_keys(
             f"not known for this architecture and may change what the model computes{more}. If it "
             "does not, remove it from the file."
         )
-    said = {key: known[key] for key in fields & known.keys()}
+    given = {key: known[key] for key in fields & known.keys()}
     parsed = validated(RopeKeys, rope, f"{file}, rope settings", refuse=config_error)
-    return validated(keys, said | {"rope": parsed}, file, refuse=config_error)
+    return validated(keys, given | {"rope": parsed}, file, refuse=config_error)
 
 
 def _is_same(value: object, other: object) -> bool:

@@ -1,4 +1,4 @@
-"""A projection whose weight is assigned later, in any scheme, packed for a suitable kernel."""
+"""Linear layers and the embedding, whose weights are assigned later and packed for a kernel."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Linear(nn.Module):
             kernel, notes = choose_linear(spec)
             packed = yield from self._pack(kernel, piece, spec, device)
             self._add(spec, kernel, notes, packed)
-        self._use()
+        self._set_kernel()
         if bias is not None:
             self.bias = bias.to(device, dtype)
 
@@ -145,7 +145,7 @@ class Linear(nn.Module):
         self._clear()
         for spec, tensors in packed:
             self._add(spec, *choose_linear(spec), tensors)
-        self._use()
+        self._set_kernel()
 
     def share_high_plane(self, of: Linear) -> None:
         """Uses the high plane of a nested weight in place, without a copy."""
@@ -153,7 +153,7 @@ class Linear(nn.Module):
         for (kernel, spec, _), piece in zip(of._pieces, of.pieces, strict=True):
             high, packed = kernel.high_plane(piece.packed)
             self._add(spec.high, high, [], packed)
-        self._use()
+        self._set_kernel()
 
     @property
     def layout(self) -> list[tuple[LinearSpec, int]]:
@@ -172,7 +172,7 @@ class Linear(nn.Module):
         self._pieces.append((kernel, spec, len(packed)))
         self.notes += [note for note in notes if note not in self.notes]
 
-    def _use(self) -> None:
+    def _set_kernel(self) -> None:
         n = sum(spec.n for _, spec, _ in self._pieces)
         assert n == self.n, f"{n} rows for {self.n, self.k}"
         stacked = [(kernel, n_packed) for kernel, _, n_packed in self._pieces]
@@ -189,13 +189,13 @@ class Linear(nn.Module):
         paired = spec.paired and spec.fused  # alternately eight gate and eight up features
         check = PackingCheck(kernel, spec.n, paired=paired)
 
-        def placed(rows: Tensor | QTensor) -> Tensor | QTensor:
+        def on_device(rows: Tensor | QTensor) -> Tensor | QTensor:
             assert rows.shape[1] == self.k, f"{rows.shape} for {self.n, self.k}"
             return check.record(
                 rows.to(device) if isinstance(rows, QTensor) else rows.to(device, spec.dtype)
             )
 
-        step = rows_at_once(self.k, kernel.unit_rows, device)
+        step = rows_at_once(self.k, kernel.row_alignment, device)
         if kernel.keeps_rows and not isinstance(weight, RowStream):
             chunks = [weight]  # an embedding may share it
         elif isinstance(weight, RowStream):
@@ -203,7 +203,7 @@ class Linear(nn.Module):
             chunks = weight.chunks(step)
         else:
             chunks = (paired_chunks if paired else row_chunks_of)(weight, step)
-        packed = yield from pack_in_chunks(kernel, map(placed, chunks), spec.n, paired=paired)
+        packed = yield from pack_in_chunks(kernel, map(on_device, chunks), spec.n, paired=paired)
         self._unverified.append((kernel, spec, check.compare(packed)))
         return packed
 

@@ -28,7 +28,7 @@ GGUF_NAMES = {"token_embd": EMBEDDING, "output_norm": NORM, "output": HEAD}
 """The names of tensors outside of layers, in GGUF files and in a checkpoint."""
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_WITHOUT_USE = re.compile(
+_UNUSED = re.compile(
     r"\.rotary_emb\.\w+|\.self_attn\.(?:\w+\.)?[kv]_scale"
     r"|_proj\.(?:input_scale|input_global_scale|activation_scale)"
 )
@@ -74,7 +74,7 @@ def is_redundant(config: ModelConfig, name: str) -> bool:
         return config.tie_embeddings
     index = layer_index(name)
     beyond = index is not None and index >= config.n_layers
-    return beyond or bool(_WITHOUT_USE.search(name))
+    return beyond or bool(_UNUSED.search(name))
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Tables of rotary position embedding, with every supported kind of rope scaling.
 
 Pairs of dimensions are half a head apart, even if only the first elements of a head are rotated.
-For that, :func:`head_order` reorders a checkpoint's rows. Elements that are not rotated have the
-frequency 0, so kernels need not distinguish them.
+So :func:`head_order` reorders the rows of a checkpoint's heads. Elements that are not rotated have
+the frequency 0, so kernels need not distinguish them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hotloop.errors import UnknownNameError
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.qtensor import QTensor, ReduceMax, cut, join_alike, join_rows
+from hotloop.quant.qtensor import QTensor, ReduceMax, join_alike, join_rows, slice_weight
 from hotloop.registry import resolve
 
 SCHEMES = {
@@ -120,9 +120,9 @@ __all__ = [
     "QTensor",
     "ReduceMax",
     "Scheme",
-    "cut",
     "join_alike",
     "join_rows",
     "parse_head_scheme",
     "parse_scheme",
+    "slice_weight",
 ]

@@ -23,7 +23,7 @@ class Auto:
             weights.
         k: Its input features.
         super_size: Input features that share a factor in a rank's slice, if ranks divide
-            super-blocks (``finer``); None if slices keep super-blocks whole.
+            super-blocks (``with_smaller_super_blocks``); None if slices keep super-blocks whole.
     """
 
     stored: KernelFormat = DENSE
@@ -46,9 +46,8 @@ class Auto:
         sizes = (self.stored.group_size, self.super_size or self.stored.super_size)
         return math.lcm(*(size for size in sizes if size is not None and size != self.k))
 
-    @property
-    def finer(self) -> Auto:
-        """The scheme with super-blocks half as large in slices; itself if that is impossible."""
+    def with_smaller_super_blocks(self) -> Auto:
+        """Returns the scheme with super-blocks half as large in slices; itself if impossible."""
         group, size = self.stored.group_size, self.super_size or self.stored.super_size
         if group is None or size is None or size == self.k or size % (2 * group):
             return self

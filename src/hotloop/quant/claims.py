@@ -21,15 +21,15 @@ from hotloop.untrusted import StrictModel, config_error, validated
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a configuration states about one matrix; a field is None if it states nothing.
+    """A configuration's statements about one matrix; a field is None if it states nothing.
 
     Attributes:
         quantized: Whether it is quantized.
         encodings: The names of possible encodings.
         bits: Bits of an element.
         group_size: Input features that share a scale; -1 for all of them.
-        block: Output and input features that share a scale.
-        symmetric: Whether zero points are half the range.
+        block: The numbers of output and input features that share a scale.
+        symmetric: Whether all zero points are half the range.
         version: The version of GPTQ's zero points.
         version_is_stated: Whether the configuration has the version; otherwise ``version`` is the
             default.
@@ -86,8 +86,8 @@ def read_claims(where: str, config: Mapping[str, Any]) -> Claims:
     method = config.get("quant_method")
     if method is None:
         # The files of old AutoAWQ and AutoGPTQ name no method.
-        told = {"config_groups": "compressed-tensors", "w_bit": "awq", "zero_point": "awq"}
-        method = next((told[key] for key in told if key in config), None)
+        by_key = {"config_groups": "compressed-tensors", "w_bit": "awq", "zero_point": "awq"}
+        method = next((by_key[key] for key in by_key if key in config), None)
         if method is None and "bits" not in config:
             raise config_error(where, "quant_method is missing")
         method = method or "gptq"
@@ -207,7 +207,7 @@ class _MadeByGptqModel(_MadeByAutoRound):
     use_exllama: _Anything = None
 
     def _general(self, name: str) -> tuple[bool | None, _Override]:
-        """Returns whether a matrix is quantized, and its own settings."""
+        """Returns whether a matrix is quantized (None if unknown), and the settings of its own."""
         quantized = self.lm_head if name == _HEAD else _unless_named(name, [])
         listed = [part for parts in self.modules_in_block_to_quantize for part in parts]
         if listed and _is_in_a_layer(name):
@@ -236,10 +236,10 @@ class _Awq(_MadeByGptqModel):
 
     def claim(self, name: str) -> Claim:
         quantized, own = self._general(name)
-        said = {
+        versions = {
             text.lower() for text in (self.version, self.checkpoint_format, self.format) if text
         }
-        version = ", ".join(sorted(said)) or "gemm"
+        version = ", ".join(sorted(versions)) or "gemm"
         return Claim(
             quantized=False if _is_named(name, self.modules_to_not_convert) else quantized,
             encodings=("awq",) if version == "gemm" else (),
@@ -255,8 +255,8 @@ class _Gptq(_MadeByGptqModel):
     bits: Bits
 
     def claim(self, name: str) -> Claim:
-        said = self.checkpoint_format or self.format
-        format_ = (said or "gptq").lower()
+        stated = self.checkpoint_format or self.format
+        format_ = (stated or "gptq").lower()
         versions = {"gptq": 1, "gptq_v2": 2}
         quantized, own = self._general(name)
         return Claim(
@@ -266,7 +266,7 @@ class _Gptq(_MadeByGptqModel):
             group_size=own.group_size or self.group_size,
             symmetric=self.sym if own.sym is None else own.sym,
             version=versions.get(format_),
-            version_is_stated=said is not None,
+            version_is_stated=stated is not None,
             label=f"gptq, checkpoint_format {format_}",
         )
 
@@ -331,11 +331,11 @@ class _AutoRound(_MadeByAutoRound):
 
     @property
     def _packing(self) -> str:
-        """The packing, without a kernel for it; old files name it in ``backend``."""
-        said, backend = self.packing_format, self.backend
-        if said is None and isinstance(backend, str) and backend.lower().startswith("auto_round"):
-            said = backend
-        return re.sub(":(exllamav2|triton)$", "", (said or "auto_round:auto_gptq").lower())
+        """The packing, without the suffix that names a kernel. Old files name it in ``backend``."""
+        packing, backend = self.packing_format, self.backend
+        if packing is None and isinstance(backend, str):
+            packing = backend if backend.lower().startswith("auto_round") else None
+        return re.sub(":(exllamav2|triton)$", "", (packing or "auto_round:auto_gptq").lower())
 
     def _own(self, name: str) -> _AutoRoundOverride:
         """Returns the settings under a matrix's name, or else under a pattern that matches it."""
@@ -501,7 +501,10 @@ def _as_block(sizes: list[int] | None) -> tuple[int, int] | None:
 
 
 def _unless_named(name: str, excluded: list[str]) -> bool | None:
-    """Returns whether a matrix is quantized, as those of layers are, except in some modules."""
+    """Returns whether a matrix is quantized.
+
+    False if it is in an excluded module, otherwise True in a layer, and None (unknown) elsewhere.
+    """
     if _is_named(name, excluded):
         return False
     return True if _is_in_a_layer(name) else None
@@ -515,7 +518,7 @@ def _is_in_a_layer(name: str) -> bool:
 
 
 def _is_named(name: str, modules: list[str]) -> bool:
-    """Returns whether a matrix is or is within one of some modules; names match by whole parts."""
+    """Returns whether a matrix is one of some modules or within one; names match by whole parts."""
     return any(f".{module.strip('.')}." in f".{name}." for module in modules)
 
 
@@ -538,13 +541,13 @@ def _matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
     try:
         if repeats > _MAX_REPEATS or _NESTED.search(pattern):
             raise UnsupportedError(
-                f"the pattern {shorten_value(pattern)} of the quantization repeats too much to be "
-                "matched safely."
+                f"the pattern {shorten_value(pattern)} of the quantization's configuration repeats "
+                "too much to be matched safely."
             )
         find = re.search if anywhere else re.match
         return find(pattern, name) is not None
     except re.error as error:
         raise UnsupportedError(
-            f"the pattern {shorten_value(pattern)} of the quantization is no regular expression: "
-            f"{error}."
+            f"the pattern {shorten_value(pattern)} of the quantization's configuration is not a "
+            f"valid regular expression: {error}."
         ) from error

@@ -32,7 +32,7 @@ def refuse_unsupported(scheme: Scheme, head: Scheme) -> None:
         head: The scheme of the head, and of an embedding tied to it.
 
     Raises:
-        ConfigError: The number format is another, or the head is quantized.
+        ConfigError: compressed-tensors has no such number format, or the head is quantized.
     """
     if head.name != "none":
         raise ConfigError(

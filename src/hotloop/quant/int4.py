@@ -1,17 +1,18 @@
 """int4, weight only: round to nearest in groups along the input features.
 
 Symmetric (``int4-g64``): the value of largest magnitude becomes -8, so the scale has its sign
-(negated), and all 16 steps are used (as in GGUF's Q4_0). Asymmetric (``int4-g64-asym``): 16 steps
-from the group's minimum to its maximum, with a floating-point offset, so that any group that
-already lies on such a grid is kept. With zero points (``int4-g64-zp``): 16 steps from the group's
-minimum to its maximum, one of which is exactly 0, as in AWQ and compressed-tensors; a range without
-0 is extended to it.
+(negated), and all 16 levels are used (as in GGUF's Q4_0). Asymmetric (``int4-g64-asym``): 16 levels
+from the group's minimum to its maximum, with a floating-point offset, so weights that another tool
+rounded to such levels keep their values. With zero points (``int4-g64-zp``): 16 levels from the
+group's minimum to its maximum, one of which is exactly 0, as in AWQ and compressed-tensors; a range
+without 0 is extended to it.
 
 Calibrated (``int4-g64-cal``; also after ``-asym`` and ``-zp``): scales are searched for. A group's
-range is shrunk in steps, and the best grid is fitted to its integers by least squares. The grid
-with the smallest sum of squared errors is used, where each error is weighted by the mean square of
-the activation that the weight multiplies (``weights.calibration``). Without these weights, such a
-search makes a model worse: docs/decisions/calibrated-scales.md has the measurements.
+range is multiplied by factors from 0.6 to 1.1, and the best of these grids is fitted to its
+integers by least squares. The grid with the smallest sum of squared errors is used, where each
+error is weighted by the mean square of the activation that the weight multiplies
+(``weights.calibration``). Without these weights, such a search makes a model worse:
+docs/decisions/calibrated-scales.md has the measurements.
 
 Scales and offsets are rounded to bfloat16 *before* the values are chosen, so that the values
 compensate for that rounding, and every kernel on every device computes with the same numbers. For
@@ -36,8 +37,8 @@ GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPE = torch.bfloat16
 _ZEROS: Mapping[str, Zero] = {"sym": "none", "asym": "offset", "zp": "integer"}
 
-SHRINKS = tuple(1.1 - 0.025 * i for i in range(21) if i != 4)
-"""The factors of a group's range that the search tries, in addition to 1."""
+RANGE_FACTORS = tuple(1.1 - 0.025 * i for i in range(21) if i != 4)
+"""The factors of a group's range that the search tries, 1.1 to 0.6, in addition to 1."""
 
 
 class GroupSizeError(ConfigError):
@@ -62,7 +63,7 @@ class GroupSizeError(ConfigError):
 
 
 _Grid = tuple[Tensor, Tensor | None]
-"""Scales, and offsets or zero points, of groups: [N, G] each."""
+"""A quantization grid for each group: scales, and offsets or zero points or None, [N, G] each."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Int4:
         reduce_max: ReduceMax | None = None,  # noqa: ARG002
         importance: Tensor | None = None,
     ) -> QTensor:
-        """Rounds to the nearest of 16 steps per group.
+        """Rounds to the nearest of 16 levels per group.
 
         Args:
             weight: See ``Scheme``.
@@ -145,7 +146,7 @@ class Int4:
         return QTensor(values=values.view(n, k), scale=scale, offset=offset, kind="int4")
 
     def _grid(self, low: Tensor, high: Tensor) -> _Grid:
-        """Returns the scales and offsets [N, G] of 16 steps from ``low`` to ``high``."""
+        """Returns the grid of 16 levels from ``low`` to ``high``, [N, G] each."""
         if self.zero == "none":
             scale = (torch.where(high > -low, high, low) * (-1 / 8)).to(SCALE_DTYPE)
         else:
@@ -154,27 +155,27 @@ class Int4:
             scale = ((high - low) * (1 / 15)).to(SCALE_DTYPE)
         offset = None
         if self.zero == "offset":
-            # -8 is the minimum, 7 the maximum: 0 is half a step above their middle.
+            # -8 is the minimum, 7 the maximum: level 0 is half a scale above their middle.
             offset = ((low + high + scale.float()) * 0.5).to(SCALE_DTYPE)
-        scale = torch.where(scale != 0, scale, 1.0)  # one value throughout: the offset, or zero
+        scale = torch.where(scale != 0, scale, 1.0)  # all values of the group are equal
         if self.zero == "integer":
             offset = (-8 - low / scale.float()).round_().clamp_(-8, 7).to(torch.int8)
         return scale, offset
 
     def _round(self, groups: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         """Rounds [N, G, group_size] to integers, float32."""
-        step = scale.float()[:, :, None]
+        wide = scale.float()[:, :, None]
         if self.zero == "integer":
             assert offset is not None, "zero points"
-            steps = groups / step + offset[:, :, None]
+            scaled = groups / wide + offset[:, :, None]
         else:
-            steps = (groups if offset is None else groups - offset.float()[:, :, None]) / step
-        return steps.round_().clamp_(-8, 7)
+            scaled = (groups if offset is None else groups - offset.float()[:, :, None]) / wide
+        return scaled.round_().clamp_(-8, 7)
 
     def _search(
         self, groups: Tensor, weights: Tensor, bounds: tuple[Tensor, Tensor], grid: _Grid
     ) -> _Grid:
-        """Returns the best of several grids: grids of shrunk ranges, then a least-squares fit.
+        """Returns each group's best grid: of a scaled range, or a least-squares fit of the best.
 
         Args:
             groups: [N, G, group_size].
@@ -185,9 +186,9 @@ class Int4:
         low, high = bounds
         middle = (low + high) * 0.5 if self.zero == "offset" else torch.zeros_like(low)
         best, least = grid, self._error(groups, weights, grid)
-        for factor in SHRINKS:
-            shrunk = (middle + (end - middle) * factor for end in bounds)
-            best, least = self._better(groups, weights, best, least, self._grid(*shrunk))
+        for factor in RANGE_FACTORS:
+            ends = (middle + (end - middle) * factor for end in bounds)
+            best, least = self._better(groups, weights, best, least, self._grid(*ends))
         return self._better(groups, weights, best, least, self._fit(groups, weights, best))[0]
 
     def _better(
@@ -249,8 +250,8 @@ class Int4:
         self.check("weight", n, k)
         values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
         values.random_(-7, 8, generator=generator)
-        step = std / ((15**2 - 1) / 12) ** 0.5
-        scale = values.new_full((n, k // self.group_size), step, dtype=SCALE_DTYPE)
+        size = std / ((15**2 - 1) / 12) ** 0.5
+        scale = values.new_full((n, k // self.group_size), size, dtype=SCALE_DTYPE)
         offset = None
         if self.zero != "none":
             offset = torch.zeros_like(

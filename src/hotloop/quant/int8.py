@@ -69,7 +69,7 @@ class Int8:
             raise GroupSizeError(name, k, self.group_size, fits)
 
     def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> QTensor:
-        """Rounds to the nearest of 255 steps of ``max|row| / 127``, or of 248 steps per group."""
+        """Rounds to the nearest multiple of ``max|row| / 127``, or of 248 levels per group."""
         weight = weight.float()
         if self.group_size is not None:
             return self._quantize_groups(weight, self.group_size)
@@ -88,13 +88,13 @@ class Int8:
         groups = weight.view(n, k // size, size)
         least, most = groups.amin(dim=2), groups.amax(dim=2)
         lowest, highest = NESTED_RANGE
-        # The smaller scale with which no value is beyond the range.
+        # Of a positive and a negative scale, the smaller with which no value exceeds the range.
         plus = torch.maximum(least * (1 / lowest), most * (1 / highest))
         minus = torch.maximum(most * (-1 / lowest), least * (-1 / highest))
         scale = torch.where(minus < plus, -minus, plus).to(SCALE_DTYPE)
         scale = torch.where(scale != 0, scale, 1.0)
-        steps = groups / scale.float()[:, :, None]
-        values = steps.round_().clamp_(lowest, highest).to(torch.int8)
+        scaled = groups / scale.float()[:, :, None]
+        values = scaled.round_().clamp_(lowest, highest).to(torch.int8)
         return QTensor(values=values.view(n, k), scale=scale, kind="nested")
 
     def nest(self, weight: QTensor) -> QTensor:
@@ -128,11 +128,11 @@ class Int8:
         values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
         largest = QMAX if self.group_size is None else NESTED_RANGE[1]
         values.random_(-largest, largest + 1, generator=generator)
-        step = std / (largest / 3**0.5)
+        size = std / (largest / 3**0.5)
         if self.group_size is None:
-            scale = torch.full((n, 1), step, device=generator.device)
+            scale = torch.full((n, 1), size, device=generator.device)
             return QTensor(values=values, scale=scale, offset=None, kind="int8")
-        scale = values.new_full((n, k // self.group_size), step, dtype=SCALE_DTYPE)
+        scale = values.new_full((n, k // self.group_size), size, dtype=SCALE_DTYPE)
         return QTensor(values=values, scale=scale, kind="nested")
 
     def format(self, k: int) -> KernelFormat:

@@ -33,18 +33,18 @@ class PackingCheck:
         self._kernel, self._n = kernel, n
         self._halves = 2 if paired else 1
         # The following attributes count the rows of one half.
-        self._unit = kernel.unit_rows // self._halves
+        self._aligned = kernel.row_alignment // self._halves
         self._end, self._taken = 0, 0
         self._samples: list[tuple[range, list[Tensor]]] = []
 
     def record(self, chunk: Tensor | QTensor) -> Tensor | QTensor:
         """Records the rows that are packed next, and returns them."""
         rows, last = chunk.shape[0] // self._halves, self._n // self._halves
-        most = -(-_ROWS // self._unit) * self._unit
+        most = -(-_ROWS // self._aligned) * self._aligned
         if self._end == 0:
             self._take(chunk, range(min(most, rows)))
         if self._end + rows == last:
-            first = max(rows - most, 0) // self._unit * self._unit
+            first = max(rows - most, 0) // self._aligned * self._aligned
             self._take(chunk, range(max(first, self._taken - self._end), rows))
         self._end += rows
         return chunk
@@ -71,21 +71,22 @@ class PackingCheck:
         return (self._kernel.dequantize(parts, len(expected)) == expected).all()
 
     def _rows_of(self, part: Tensor, axis: int) -> Tensor:
-        """Takes the recorded rows from a packed tensor: by whole units, or by features.
+        """Slices the recorded rows from a packed tensor.
 
-        Features are in their original order; a unit has rows of both halves.
+        Along ``axis`` it has an element for each output feature, in their original order, or an
+        element for every ``row_alignment`` of them, which has rows of both halves.
         """
         half = self._n // self._halves
         if part.shape[axis] == self._n:
             starts = [half * i for i in range(self._halves)]
-            places = [(s + rows.start, len(rows)) for s in starts for rows, _ in self._samples]
+            spans = [(s + rows.start, len(rows)) for s in starts for rows, _ in self._samples]
         else:
-            units = [
-                range(rows.start // self._unit, -(-rows.stop // self._unit))
+            elements = [
+                range(rows.start // self._aligned, -(-rows.stop // self._aligned))
                 for rows, _ in self._samples
             ]
-            places = [(each.start, len(each)) for each in units]
-        return torch.cat([part.narrow(axis, *place) for place in places], dim=axis)
+            spans = [(each.start, len(each)) for each in elements]
+        return torch.cat([part.narrow(axis, *span) for span in spans], dim=axis)
 
 
 def _float32(weight: Tensor | QTensor, start: int, stop: int) -> Tensor:

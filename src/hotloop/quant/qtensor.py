@@ -28,6 +28,7 @@ ReduceMax = Callable[[Tensor], Tensor]
 """Returns the element-wise maximum of a tensor over the slices of all ranks (all-reduce)."""
 
 _DEGREES = range(2, 9)
+"""Tensor-parallel degrees that an error message suggests, where they fit."""
 
 _TABLE_SIZE = 16
 
@@ -75,8 +76,8 @@ class QTensor:
         table: [16]. Floating point. The lookup table of ``lut4``.
         permutation: int32 [K]. The input feature of each column, where features were sorted before
             they were grouped (act-order).
-        order: ``order_name`` of the permutation. Formats are compared by it, without reading the
-            permutation from the device.
+        permutation_hash: ``hash_permutation`` of the permutation. Formats are compared by it,
+            without reading the permutation from the device.
     """
 
     values: Tensor
@@ -87,7 +88,7 @@ class QTensor:
     super_offset: Tensor | None = None
     table: Tensor | None = None
     permutation: Tensor | None = None
-    order: str | None = None
+    permutation_hash: str | None = None
 
     def __post_init__(self) -> None:
         (n, k), (rows, groups) = self.values.shape, self.scale.shape
@@ -122,7 +123,8 @@ class QTensor:
         if self.permutation is not None:
             assert self.permutation.shape == (k,), "a feature per column"
             assert self.permutation.dtype == torch.int32, f"{self.permutation.dtype} features"
-        assert (self.permutation is None) == (self.order is None), "a permutation has a name"
+        has_hash = self.permutation_hash is not None
+        assert (self.permutation is not None) == has_hash, "a permutation has a hash"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,25 +153,25 @@ class QTensor:
             super_size=None if super_scale is None else self.shape[1] // super_scale.shape[1],
             super_dtype=None if super_scale is None else super_scale.dtype,
             table=None if self.table is None else tuple(self.table.float().tolist()),
-            order=self.order,
+            permutation_hash=self.permutation_hash,
         )
 
     def bound(self) -> float:
         """Returns an upper bound on the magnitude of the weights, computed in float64."""
-        step = self.scale.float().double().abs()
+        scale = self.scale.float().double().abs()
         if self.super_scale is not None:
             s = self.super_scale.shape[1]
-            step = step.unflatten(1, (s, -1)) * self.super_scale.double().abs()[:, :, None]
+            scale = scale.unflatten(1, (s, -1)) * self.super_scale.double().abs()[:, :, None]
         largest = _LARGEST[self.kind] if self.table is None else float(self.table.abs().max())
         if self.offset is None:
-            return float(step.max()) * largest
+            return float(scale.max()) * largest
         if self.format.zero == "integer":
-            return float(step.max()) * _RANGE[self.kind]
+            return float(scale.max()) * _RANGE[self.kind]
         offset = self.offset.double().abs()
         if self.super_offset is not None:
             s = self.super_offset.shape[1]
             offset = offset.unflatten(1, (s, -1)) * self.super_offset.double().abs()[:, :, None]
-        return float(step.max()) * largest + float(offset.max())
+        return float(scale.max()) * largest + float(offset.max())
 
     @property
     def high(self) -> QTensor:
@@ -283,8 +285,8 @@ class QTensor:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def order_name(permutation_K: Tensor) -> str:
-    """Returns a hash of an order of columns, by which formats compare it."""
+def hash_permutation(permutation_K: Tensor) -> str:
+    """Hashes the order of columns, so that formats can be compared on the host."""
     return hashlib.sha256(permutation_K.cpu().int().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -314,7 +316,7 @@ def expand_blocks(
 def join_alike(parts: Iterable[Tensor | QTensor], n: int) -> list[Tensor | QTensor]:
     """Joins adjacent weights of one format along the output features.
 
-    The result is exact, because no group spans output features. Each change of format starts a new
+    It only concatenates, because no group spans output features. Each change of format starts a new
     weight; the lookup table and the order of columns are part of the format.
 
     Args:
@@ -330,7 +332,7 @@ def join_alike(parts: Iterable[Tensor | QTensor], n: int) -> list[Tensor | QTens
     row = 0
     for part in parts:
         if whole is not None and not _alike(part, whole):
-            joined.append(cut(whole, slice(row), None))
+            joined.append(slice_weight(whole, slice(row), None))
             whole, n, row = None, n - row, 0
         if whole is None and part.shape[0] == n:
             joined.append(part)
@@ -355,8 +357,17 @@ def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
     return joined[0]
 
 
-def cut(weight: Tensor | QTensor, rows: slice, columns: range | None) -> Tensor | QTensor:
-    """Returns a copy of a slice of a weight; the weight itself if the slice is whole."""
+def slice_weight(weight: Tensor | QTensor, rows: slice, columns: range | None) -> Tensor | QTensor:
+    """Copies a slice of a weight [N, K]; returns the weight itself if the slice is all of it.
+
+    Args:
+        weight: Floating point or quantized.
+        rows: Output features.
+        columns: Input features, in whole groups; None for all.
+
+    Raises:
+        ConfigError: See ``QTensor.columns``.
+    """
     n, k = weight.shape
     start, stop, _ = rows.indices(n)
     first, last = (0, k) if columns is None else (columns.start, columns.stop)

@@ -62,10 +62,11 @@ def _pieces(stream: RowStream) -> Iterator[Tensor | QTensor]:
     return stream._pieces
 
 
-def split(pairs: Iterable[tuple[Value, Value]]) -> tuple[Iterator[Value], Iterator[Value]]:
+def unzip(pairs: Iterable[tuple[Value, Value]]) -> tuple[Iterator[Value], Iterator[Value]]:
     """Returns iterators of the first and of the second values of pairs; each pair is made once.
 
-    Values that one iterator has not yet taken are kept. ``interleave`` limits them to a few.
+    Values that one iterator has not yet taken are kept in memory. With consumers that
+    ``interleave`` advances, these are few.
     """
     source, waiting = iter(pairs), (deque[Value](), deque[Value]())
 
@@ -83,7 +84,7 @@ def _append(pair: tuple[Value, Value] | None, waiting: Sequence[deque[Value]]) -
 
 
 def interleave(*runs: Iterator[int]) -> None:
-    """Runs iterators to their ends; always advances the one with the smallest sum of values."""
+    """Runs iterators of row counts to their ends, always the one that has processed fewest rows."""
     totals = dict.fromkeys(runs, 0)
     while totals:
         run = min(totals, key=lambda each: totals[each])

@@ -159,7 +159,7 @@ def importance(
     head: Scheme = NoScheme()
     if copy is not None:
         scheme, head = parse_scheme(copy.scheme), parse_scheme(copy.head)
-    run = _Run(model, decoder, ids_BT.to(device), positions_BT, on_layer)
+    runner = _LayerRunner(model, decoder, ids_BT.to(device), positions_BT, on_layer)
     load_weights(
         decoder,
         model,
@@ -169,9 +169,9 @@ def importance(
         schemes=schemes_by_name(model, scheme, head),
         dtype=torch.float32,
         device=device,
-        on_layer=run.layer,
+        on_layer=runner.layer,
     )
-    found = run.found
+    found = runner.found
     for name, squares_K in found.items():
         if not squares_K.isfinite().all():
             raise CheckpointError(
@@ -188,11 +188,11 @@ def _copy(checkpoint: Checkpoint) -> Quantization | None:
     return read_quantization(checkpoint.config, checkpoint.config_file)
 
 
-class _Run:
-    """Runs each layer once its weights are loaded, and then releases them.
+class _LayerRunner:
+    """Runs each layer when its weights have been loaded, and then releases the weights.
 
     Attributes:
-        found: The mean squares.
+        found: The mean square of each input feature, float32 [K], by name of the matrix.
     """
 
     def __init__(
@@ -218,11 +218,11 @@ class _Run:
         block = decoder.blocks[i]
         for matrix in self._model.layers[i].matrices:
             parts = [names.layer(i, part.name) for part in matrix.parts]
-            block.linears[matrix.name].register_forward_pre_hook(partial(self._keep, parts))
+            block.linears[matrix.name].register_forward_pre_hook(partial(self._record, parts))
         self._x_BTD = self._forward(block, i, self._x_BTD)
         block.to("meta")
         if done == of:
-            self._keep([names.head(self._model)], decoder.head, (decoder.norm(self._x_BTD),))
+            self._record([names.head(self._model)], decoder.head, (decoder.norm(self._x_BTD),))
         if self._on_layer is not None:
             self._on_layer(done, of)
 
@@ -239,6 +239,6 @@ class _Run:
         seats_B = torch.arange(n_seats, device=x_BTD.device)
         return block(x_BTD, cos, sin, self._positions_BT, *cache.layer(0), seats_B, 0, n_tokens)
 
-    def _keep(self, parts: Iterable[str], _linear: Linear, inputs: tuple[Tensor]) -> None:
+    def _record(self, parts: Iterable[str], _linear: Linear, inputs: tuple[Tensor]) -> None:
         squares_K = inputs[0].square().flatten(end_dim=-2).mean(dim=0)
         self.found |= dict.fromkeys(parts, squares_K)

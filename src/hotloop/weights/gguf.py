@@ -56,7 +56,7 @@ class _Entry:
     """A tensor as a matrix of rows; a tensor of one dimension is a single column.
 
     Each head has ``head_rows`` rows, of which the first ``rotated_rows`` are stored in the order of
-    ``llama`` files. The values are 1 and 0 if no rows are.
+    ``llama`` files. Where no rows have to be reordered, these are 1 and 0.
     """
 
     info: TensorInfo

@@ -25,8 +25,8 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 """GGUF architectures, and their names at Hugging Face."""
 
-_IDLE_KEYS = {
-    "attention.layer_norm_epsilon",  # beside the one of the norm that these models have
+_HARMLESS_KEYS = {
+    "attention.layer_norm_epsilon",  # these models have RMS norms, whose epsilon is another key
     "rope.scaling.finetuned",
     "tensor_data_layout",
     "vocab_size",
@@ -129,7 +129,7 @@ def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, A
     said = {
         key.removeprefix(prefix): value
         for key, value in metadata.items()
-        if key.startswith(prefix) and key.removeprefix(prefix) not in _IDLE_KEYS
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _HARMLESS_KEYS
     }
     _refuse_others(said, file, prefix)
     keys = validated(_Keys, said, path, prefix=prefix)
@@ -156,7 +156,7 @@ def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, A
         if architecture != "llama":
             raise UnsupportedError(
                 f"{file}: metadata key {prefix}attention.sliding_window is {keys.window}, and "
-                f"windows of {architecture} are not supported in GGUF files."
+                f"sliding windows of {architecture} are not supported in GGUF files."
             )
         # A Llama with a sliding window is what Hugging Face calls a Mistral.
         config["architectures"], config["model_type"] = ["MistralForCausalLM"], "mistral"

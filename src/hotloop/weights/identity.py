@@ -8,12 +8,16 @@ checkpoint is quantized. That follows from the types of its tensors, and from th
 ``hotloop quantize`` writes into ``config.json``:
 
     "hotloop_quantization": {
-      "version": 1,
-      "scheme": "int4-g64",                  the projections of the blocks
+      "version": 3,
+      "scheme": "int4-g64-cal",              the projections of the blocks
       "head": "int8",                        the output head
       "source": {                            the reference it was made from
         "name": "smollm2-135m",              as the user named it
         "sample": "b179c952..."              sample_checkpoint of it
+      },
+      "calibration": {                       only if a text was given
+        "name": "notes.txt",
+        "sha256": "2c26b46b..."
       }
     }
 
@@ -192,7 +196,7 @@ def _etag(file: Path) -> str | None:
 
 
 def _hash_parts(path: Path, parts: Iterable[tuple[int, int]]) -> str:
-    """Hashes parts of a file, each given by its start and its most bytes."""
+    """Hashes parts of a file: (offset, length) each; a part may extend beyond the end."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         for start, n_bytes in parts:

@@ -32,9 +32,9 @@ from hotloop.models.decoder import Block, Decoder
 from hotloop.models.linear import Linear
 from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
-from hotloop.quant import QTensor, ReduceMax, Scheme, cut, join_alike
+from hotloop.quant import QTensor, ReduceMax, Scheme, join_alike, slice_weight
 from hotloop.quant.none import NoScheme
-from hotloop.quant.rows import RowStream, interleave, split
+from hotloop.quant.rows import RowStream, interleave, unzip
 from hotloop.weights.source import Importance, Request, Source, quantize_rows
 
 OnLayer = Callable[[int, int], None]
@@ -212,8 +212,8 @@ class _Loader:
                 packing = [self._packing(linear, parts, bias(matrix), name)]
                 for of_draft in drafts:
                     assert draft is not None, "rows for a drafter, and there is no drafter"
-                    linear, of_drafter = draft.linears[matrix.name], f"{name} of the drafter"
-                    packing.append(self._packing(linear, of_draft, None, of_drafter))
+                    draft_linear, draft_name = draft.linears[matrix.name], f"{name} of the drafter"
+                    packing.append(self._packing(draft_linear, of_draft, None, draft_name))
                 interleave(*packing)
             for norm in declared.norms:
                 weight = self.tensor(f"{names.layer(i, norm.part)}.weight", norm.n)
@@ -232,8 +232,9 @@ class _Loader:
             dense = rows.dequantize() if isinstance(rows, QTensor) else rows
             return quantize_rows(of_draft, dense, reduce_max=reduce_max, importance=importance)
 
-        # Both at once: ranks combine statistics in the same order.
-        mine, drafts = split((rows, requantized(rows)) for rows in pieces)
+        # The drafter's rows are made together with the model's: every rank then all-reduces the
+        # maxima of both in the same order.
+        mine, drafts = unzip((rows, requantized(rows)) for rows in pieces)
         both = zip((mine, drafts), (request, of_draft), strict=True)
         return [RowStream(rows, each.n, each.format) for rows, each in both]
 
@@ -275,7 +276,7 @@ class _Loader:
             assert self.draft is not None, "rows for a drafter, and there is no drafter"
             head = of_draft.take(of_draft.n)
             if self.config.tie_embeddings:  # the stream has all rows
-                head = cut(head, slice(rows.start, rows.stop), None)
+                head = slice_weight(head, slice(rows.start, rows.stop), None)
             self._assign_head(self.draft.decoder.head, head)
 
     def _load_embeddings(self, decoder: Decoder, stream: RowStream) -> None:
@@ -347,7 +348,7 @@ class _Loader:
 def _dequantized_into(
     table: Tensor, pieces: Iterable[Tensor | QTensor], kept: range
 ) -> Iterator[QTensor]:
-    """Fills a table with the rows of a weight, and returns those within ``kept``."""
+    """Fills a table with the dequantized rows of a weight; yields the rows within ``kept``."""
     first = 0
     for piece in pieces:
         assert isinstance(piece, QTensor), "the weight must be quantized"
@@ -355,7 +356,7 @@ def _dequantized_into(
         table[first:last] = piece.dequantize(table.dtype)
         start, stop = max(kept.start, first), min(kept.stop, last)
         if start < stop:
-            kept_rows = cut(piece, slice(start - first, stop - first), None)
+            kept_rows = slice_weight(piece, slice(start - first, stop - first), None)
             assert isinstance(kept_rows, QTensor), "the weight must be quantized"
             yield kept_rows
         first = last

@@ -1,7 +1,7 @@
 """Caches packed weights in the cache folder, so that the next start need not pack them.
 
 An entry is one file, named by a hash of everything that determines its bytes (``entry_key``). It
-has the packed weights, then their index, then the index's length and hash. Each 16 MiB have a
+has the packed weights, then their index, then the index's length and hash. Every 16 MiB have a
 checksum, so that a damaged entry is detected; it is then removed and made again.
 
 Entries are written under another name and renamed, so that another process sees a whole entry or
@@ -112,12 +112,12 @@ def entry_key(checkpoint: Path, facts: Mapping[str, Any]) -> str:
         checkpoint: The file or folder of the weights; its content identifies it.
         facts: Everything else that determines the packed bytes: schemes, kernels, shard, types.
     """
-    said = {
+    determining = {
         "checkpoint": _content_hash(checkpoint),
         "versions": [torch.__version__, code_hash(*_CODE)],
         "facts": facts,
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
 
 
 def load_packed(key: str, decoder: nn.Module, device: torch.device) -> int | None:
@@ -205,14 +205,14 @@ def limit_bytes() -> float:
     Raises:
         ConfigError: The environment variable is not a number of GB.
     """
-    said = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
+    text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
     try:
-        limit = float(said)
+        limit = float(text)
     except ValueError:
         limit = -1.0
     if not 0 <= limit < 10**9:
         raise ConfigError(
-            f"{LIMIT_VARIABLE} is {shorten_value(said)}: give a number of GB, such as "
+            f"{LIMIT_VARIABLE} is {shorten_value(text)}: give a number of GB, such as "
             f"{DEFAULT_LIMIT_GB:g}, or leave it out."
         )
     return limit * 1e9

@@ -126,8 +126,8 @@ def quantize_checkpoint(
         )
         if text is not None and importance is None:
             raise ConfigError(
-                f"{src} stores all that {scheme.name!r} would be fitted to, so a calibration text "
-                "changes nothing: leave it out."
+                f"{src} stores every matrix that {scheme.name!r} would quantize in its format "
+                "already, so a calibration text changes nothing: leave it out."
             )
         n_run = 0 if importance is None else len(model.layers)
         source = CheckpointSource(checkpoint, cpu, model=model, importance=importance)
@@ -157,7 +157,8 @@ def quantize_checkpoint(
                 ),
                 calibration=text,
             )
-            kept = checkpoint.config.keys() - DESCRIPTION_KEYS  # of how the source was quantized
+            # The source's description of its quantization does not hold for the copy.
+            kept = checkpoint.config.keys() - DESCRIPTION_KEYS
             config = {key: checkpoint.config[key] for key in checkpoint.config if key in kept} | {
                 "tie_word_embeddings": model.tie_embeddings,
                 QUANTIZATION_KEY: description.model_dump(exclude_none=True),

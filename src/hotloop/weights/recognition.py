@@ -67,8 +67,8 @@ class StoredMatrices:
         self._checkpoint = checkpoint
         self._names = sorted(checkpoint.tensors)
         self._encodings = load_encodings()
-        said = checkpoint.quantization_config
-        self._claims = no_claims if said is None else read_claims(*said)
+        described = checkpoint.quantization_config
+        self._claims = no_claims if described is None else read_claims(*described)
 
     def recognize(
         self, name: str, shape: tuple[int, int], wanted: KernelFormat | None = None
@@ -78,7 +78,7 @@ class StoredMatrices:
         Args:
             name: Its name, without ``.weight``.
             shape: [N, K].
-            wanted: Its number format by hotloop's own description, if there is one.
+            wanted: See ``StoredMatrix``.
 
         Raises:
             CheckpointError: Its tensors contradict each other or the configuration.
@@ -94,7 +94,7 @@ class StoredMatrices:
             claim=claim,
             wanted=wanted,
         )
-        if claim.encodings == () and (suffix := _told_by(tensors)):
+        if claim.encodings == () and (suffix := _method_suffix(tensors)):
             raise UnsupportedError(
                 f"{tensors[suffix].file}, tensor {name}{suffix}: the checkpoint's configuration "
                 f"says {claim.label}, which is not supported."
@@ -131,40 +131,41 @@ class StoredMatrices:
     def _refuse(self, matrix: StoredMatrix) -> None:
         """Refuses a matrix that is stored in no known encoding, by the tensors that it has.
 
-        It returns if no tensor identifies a method: an error names the missing tensor when it is
-        read.
+        It names a tensor that is missing or has a wrong shape, if some of the tensors that an
+        encoding needs are there. It returns if no tensor identifies a method: an error names the
+        missing tensor when it is read.
         """
         stored, claimed = matrix.tensors, matrix.claim.encodings
-        begun = []
+        partial = []  # the expected tensors of encodings of which some are there
         for name, encoding in self._encodings.items():
             expected = encoding.expected(matrix)
             first = next(iter(expected), None)
             is_claimed = claimed is not None and name in claimed and expected.keys() & stored.keys()
-            is_told = claimed is None and first in stored and expected[first].fits(stored[first])
-            if is_claimed or is_told:
-                begun.append(expected)
-        told = _told_by(stored)
-        if told is None or any(told in expected for expected in begun):
-            absent = [next((part for part in each if part not in stored), "") for each in begun]
+            is_found = claimed is None and first in stored and expected[first].fits(stored[first])
+            if is_claimed or is_found:
+                partial.append(expected)
+        suffix = _method_suffix(stored)
+        if suffix is None or any(suffix in expected for expected in partial):
+            absent = [next((part for part in each if part not in stored), "") for each in partial]
             if absent and all(absent):
-                there = [part for part in stored if any(part in each for each in begun)]
+                there = [part for part in stored if any(part in each for each in partial)]
                 missing = " or ".join(dict.fromkeys(absent))
                 raise matrix.error(
                     there[0],
                     f"is {_described(stored[there[0]])}, and {missing} is missing beside it",
                 )
-        if told is None:
+        if suffix is None:
             return
         wrong = [
             f"{part} is {_described(stored[part])}, and should be {wanted}"
-            for expected in (begun if len(begun) == 1 else [])
+            for expected in (partial if len(partial) == 1 else [])
             for part, wanted in expected.items()
             if part in stored and not wanted.fits(stored[part])
         ]
         listed = ", ".join(f"{part} {_described(entry)}" for part, entry in stored.items())
         raise UnsupportedError(
-            f"{stored[told].file}, tensor {matrix.name}{told}: it is {_METHODS[told]} in a layout "
-            f"that is not supported ({matrix.claim.label}): "
+            f"{stored[suffix].file}, tensor {matrix.name}{suffix}: it is {_METHODS[suffix]} in a "
+            f"layout that is not supported ({matrix.claim.label}): "
             + (f"{wrong[0]}." if wrong else f"a matrix of {list(matrix.shape)} as {listed}.")
         )
 
@@ -235,6 +236,6 @@ _METHODS: Mapping[str, str] = {
 """Quantization methods, by a tensor that only they have."""
 
 
-def _told_by(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """Returns the suffix of a tensor of the matrix that only some methods have."""
+def _method_suffix(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Returns the suffix of a tensor that identifies a method (``_METHODS``), or None."""
     return next((suffix for suffix in _METHODS if suffix in tensors), None)

@@ -26,7 +26,7 @@ from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import DENSE, NESTED_RANGE, KernelFormat
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
-from hotloop.quant import QTensor, ReduceMax, Scheme, cut, join_rows
+from hotloop.quant import QTensor, ReduceMax, Scheme, join_rows, slice_weight
 from hotloop.quant.auto import Auto
 from hotloop.quant.encodings import Layout
 from hotloop.quant.int4 import Int4
@@ -209,7 +209,8 @@ class CheckpointSource:
         model: The model. The checkpoint may have tensors that are redundant for it; None allows no
             redundant tensor.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
-        reduce_max: Takes the maximum of statistics over ranks that read different columns.
+        reduce_max: All-reduces maxima over ranks that read different columns; see
+            ``Scheme.quantize``.
         importance: See ``Importance``; None if no scheme is calibrated.
 
     Attributes:
@@ -281,8 +282,8 @@ class CheckpointSource:
         rows = range(n) if request.rows is None else request.rows
         reduce_max = self.reduce_max if request.columns is not None else None
         encoded = None if request.plain else self._encoded(name, request.shape, scheme)
-        unit = 1 if encoded is None else encoded.units[0]
-        pieces = list(row_chunks(rows, k, unit, most=_VALUES_OF_PIECE[self.device.type]))
+        group = 1 if encoded is None else encoded.granularity[0]
+        pieces = list(row_chunks(rows, k, group, most=_VALUES_OF_PIECE[self.device.type]))
         if encoded is None:
             info = self._expect(f"{name}.weight", request.shape)
             return _PlainPlan(self, request, pieces, reduce_max, info)
@@ -340,7 +341,7 @@ class CheckpointSource:
         return info
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Copies tensors that were read to the device that quantizes."""
+        """Copies a tensor to the device that quantizes, asynchronously from page-locked memory."""
         return tensor.to(self.device, non_blocking=True)
 
     def read(self, name: str, index: tuple[slice, ...], *, encoded: bool = False) -> Tensor:
@@ -364,9 +365,9 @@ class CheckpointSource:
         return _EncodedMatrix(name, shape, layout, infos)
 
 
-def _whole_units(features: range, unit: int, n: int) -> range:
-    """Extends a range of ``n`` features to whole units; the last may have fewer."""
-    return range(features.start // unit * unit, min(-(-features.stop // unit) * unit, n))
+def _aligned(features: range, step: int, n: int) -> range:
+    """Extends a range of ``n`` features to multiples of ``step``, or to the end."""
+    return range(features.start // step * step, min(-(-features.stop // step) * step, n))
 
 
 @dataclass(frozen=True)
@@ -384,15 +385,15 @@ class _EncodedMatrix:
         return next(iter(self.infos.values()))
 
     @property
-    def units(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         """The numbers of output and input features that must be read together."""
-        units = [part.units(self.shape) for part in self.layout.parts.values()]
-        n, k = (math.lcm(*axis) for axis in zip(*units, strict=True))
+        of_parts = [part.granularity(self.shape) for part in self.layout.parts.values()]
+        n, k = (math.lcm(*axis) for axis in zip(*of_parts, strict=True))
         return n, k
 
     @property
-    def is_gathered(self) -> bool:
-        """Whether some rows of the matrix are spread over all rows of a tensor."""
+    def is_transposed(self) -> bool:
+        """Whether a row of the matrix is a column of a tensor, and so spread over all its rows."""
         return any(part.transposed for part in self.layout.parts.values())
 
 
@@ -479,7 +480,7 @@ class _PlainPlan(_Plan):
 
 @dataclass(frozen=True)
 class _EncodedPlan(_Plan):
-    """Reads and decodes a matrix in an encoding, extended to units that must be read together."""
+    """Reads and decodes a matrix in an encoding, extended to its granularity."""
 
     matrix: _EncodedMatrix
     rows: range
@@ -491,45 +492,45 @@ class _EncodedPlan(_Plan):
         return range(k) if self.request.columns is None else self.request.columns
 
     @property
-    def wide(self) -> range:
-        """The input features that are read."""
-        return _whole_units(self.columns, self.matrix.units[1], self.matrix.shape[1])
+    def columns_read(self) -> range:
+        """The input features that must be read for the requested ones."""
+        return _aligned(self.columns, self.matrix.granularity[1], self.matrix.shape[1])
 
-    def tall(self, rows: range) -> range:
-        """Returns the output features that must be read for some of them."""
-        return _whole_units(rows, self.matrix.units[0], self.matrix.shape[0])
+    def rows_read(self, rows: range) -> range:
+        """Returns the output features that must be read for ``rows``."""
+        return _aligned(rows, self.matrix.granularity[0], self.matrix.shape[0])
 
     def jobs(self) -> Iterator[Callable[[], _Read]]:
-        if not self.matrix.is_gathered:
+        if not self.matrix.is_transposed:
             yield from super().jobs()
             return
         # Rows of the matrix are not rows of the file, so it is read once, in its stored packing.
         yield lambda: _Read(self, self.pieces, self.read(self.rows), is_last=True)
 
     def read(self, piece: range) -> Mapping[str, Tensor]:
-        parts, tall, wide = {}, self.tall(piece), self.wide
+        parts, rows, columns = {}, self.rows_read(piece), self.columns_read
         for name, part in self.matrix.layout.parts.items():
-            info, index = self.matrix.infos[name], part.index(tall, wide)
+            info, index = self.matrix.infos[name], part.index(rows, columns)
             parts[name] = self.source.read(info.name, index, encoded=True)
-            check_finite(parts[name], info, first=tuple(cut.start or 0 for cut in index))
+            check_finite(parts[name], info, first=tuple(axis.start or 0 for axis in index))
         return parts
 
     def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:
-        tall, wide, columns = self.tall(piece), self.wide, self.columns
-        if self.matrix.is_gathered:
-            first = self.tall(self.rows).start
-            inner = range(tall.start - first, tall.stop - first)
+        rows, read, columns = self.rows_read(piece), self.columns_read, self.columns
+        if self.matrix.is_transposed:
+            first = self.rows_read(self.rows).start
+            inner = range(rows.start - first, rows.stop - first)
             parts = {
-                name: parts[name][part.index(inner, range(len(wide)))]
+                name: parts[name][part.index(inner, range(len(read)))]
                 for name, part in self.matrix.layout.parts.items()
             }
-        whole = self.matrix.layout.decode(parts, (len(tall), len(wide)))
+        whole = self.matrix.layout.decode(parts, (len(rows), len(read)))
         for scales in whole.tensors[1:]:
             check_finite(scales, self.matrix.info)
         self._check_bound(whole.bound())
         self._check_range(whole)
-        weight = whole.rows(piece.start - tall.start, piece.stop - tall.start)
-        start = columns.start - wide.start
+        weight = whole.rows(piece.start - rows.start, piece.stop - rows.start)
+        start = columns.start - read.start
         scheme, wanted = self.request.scheme, self.request.format
         kept = weight.try_columns(start, start + len(columns))
         if kept is not None and scheme.name == "auto" and wanted.super_size is not None:
@@ -570,7 +571,7 @@ class _EncodedPlan(_Plan):
             return
         raise CheckpointError(
             self.matrix.info.file,
-            f"its integers are at most {NESTED_RANGE[1]} in int8 of groups, and one is {largest}: "
+            f"int8 in groups has integers of at most {NESTED_RANGE[1]}, and one here is {largest}: "
             "the checkpoint is damaged; quantize the model again",
             tensor=self.matrix.name,
         )
@@ -607,7 +608,7 @@ class RandomSource:
                 generator=self.generator,
             )
             start, stop = max(rows.start - first, 0), rows.stop - first
-            yield cut(block, slice(start, stop), request.columns)
+            yield slice_weight(block, slice(start, stop), request.columns)
 
     def read_ahead(self, requests: Sequence[Request]) -> AbstractContextManager[None]:  # noqa: ARG002
         """Does nothing: nothing is read."""

@@ -118,11 +118,11 @@ class TensorFile:
             whole = self.read(start, len(rows) * row_bytes).view(len(rows), row_bytes)
             return whole[:, columns.start : columns.stop]
         data = torch.empty(len(rows), len(columns), dtype=torch.uint8)
-        cut = data.numpy()
+        kept = data.numpy()
 
         def read(part: range) -> None:
             for i in part:
-                self._read_into(cut[i].data, start + i * row_bytes + columns.start)
+                self._read_into(kept[i].data, start + i * row_bytes + columns.start)
 
         self._in_parts(range(len(rows)), data.nbytes, read)
         return data
@@ -159,7 +159,7 @@ class TensorFile:
 
 
 def index_ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[range]:
-    """Returns the slice of each dimension of ``shape`` by ``index``; others are whole."""
+    """Returns the range that ``index`` selects of each dimension; without a slice, all of it."""
     assert len(index) <= len(shape), f"{len(index)} slices into {len(shape)} dimensions"
     padded = (*index, *[slice(None)] * (len(shape) - len(index)))
     ranges = [range(*part.indices(size)) for part, size in zip(padded, shape, strict=True)]

@@ -135,7 +135,7 @@ def refuse_occupied(folder: Path) -> None:
 
 
 def _finish(shard: SafetensorsFile) -> None:
-    """Puts the whole file on disk."""
+    """Writes the header, flushes the file to disk, and closes it."""
     shard.finish()
     shard.file.flush()
     os.fsync(shard.file.fileno())

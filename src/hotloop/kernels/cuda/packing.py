@@ -67,7 +67,8 @@ _SCALES: dict[Scale, torch.dtype] = {
 FACTOR = torch.float16
 """The element type of the factors of two-level scales."""
 
-_MAX_TERMS = 3
+MAX_TERMS = 3
+"""The most bfloat16 numbers whose sum is a number of a lookup table."""
 
 _E2M1 = tuple(sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 """The table of e2m1, whose indices are the bits of the numbers: one of the sign, two of the
@@ -105,7 +106,7 @@ class Format:
             ``fp8`` and ``int8`` with a float32 scale per output feature.
         scale: Element type of the scales of groups, and of their zero points or offsets; ``two``
             for two levels, integers with half-precision factors.
-        zero: Whether groups have integer zero points, or offsets.
+        zero: The groups have no zeros, integer zero points, or offsets.
         row_scale: The weight has scales of groups and a float32 scale per output feature.
         table: The sixteen numbers of ``lut4``, which ``terms`` splits.
         permuted: The order of columns differs from that of input features; the kernels take the
@@ -279,10 +280,10 @@ class Format:
 def terms(table: Sequence[float]) -> Tensor | None:
     """Splits each number of a table into a sum of few bfloat16 numbers: bfloat16 [terms, 16].
 
-    Returns None if no such sums equal the table.
+    Returns None if sums of ``MAX_TERMS`` numbers cannot equal the table.
     """
     rest, found = torch.tensor(table, dtype=torch.float32), []
-    while len(found) < _MAX_TERMS and (rest.any() or not found):
+    while len(found) < MAX_TERMS and (rest.any() or not found):
         found.append(rest.bfloat16())
         rest = rest - found[-1].float()
     return None if rest.any() or not rest.isfinite().all() else torch.stack(found)
@@ -394,7 +395,7 @@ def _fragments(form: Format, values: Tensor) -> Tensor:
     if form.kind == "int8":
         ordered = ordered ^ -128  # the bits of value + 128 as an unsigned byte
     if form.is_e2m1:
-        ordered = _place_bits(ordered)
+        ordered = _pack_e2m1(ordered)
     elif form.bits == 4:
         nibbles = (ordered + _BIAS[form.kind]).view(torch.uint8)
         ordered = nibbles[..., 0] | nibbles[..., 1] << 4
@@ -438,7 +439,7 @@ def unpack(form: Format, packed: Tensor) -> Parts:
 def _values(form: Format, fragments: Tensor) -> Tensor:
     """Inverts ``_fragments``."""
     if form.is_e2m1:
-        ordered = _unplaced_bits(fragments)
+        ordered = _unpack_e2m1(fragments)
     elif form.bits == 4:
         nibbles = torch.stack((fragments & 15, fragments >> 4), dim=-1)
         ordered = nibbles.view(torch.int8) - _BIAS[form.kind]
@@ -470,7 +471,7 @@ _ORDERS: dict[Kind, tuple[int, ...]] = {
 _E2M1_ORDER = (0, 3, 4, 2, 5, 6, 8, 7, 1)
 
 
-def _place_bits(numbers: Tensor) -> Tensor:
+def _pack_e2m1(numbers: Tensor) -> Tensor:
     """Packs the numbers of four registers, [..., pair, half], into a half word: int16 [...]."""
     words = numbers.new_zeros(numbers.shape[:-2], dtype=torch.int32)
     for (sign, rest), register in zip(_E2M1_PLACES, numbers.flatten(-2).unbind(-1), strict=True):
@@ -479,8 +480,8 @@ def _place_bits(numbers: Tensor) -> Tensor:
     return words.to(torch.int16)
 
 
-def _unplaced_bits(fragments: Tensor) -> Tensor:
-    """Inverts ``_place_bits``: from bytes to int8 [..., 4]."""
+def _unpack_e2m1(fragments: Tensor) -> Tensor:
+    """Inverts ``_pack_e2m1``: from bytes to int8 [..., 4]."""
     words = fragments.contiguous().view(torch.int16).int()
     registers = [(words >> s & 1) << 3 | words >> rest & 7 for s, rest in _E2M1_PLACES]
     return torch.stack(registers, dim=-1).to(torch.int8)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.claims import Claim
-from hotloop.quant.qtensor import QTensor, expand_blocks, order_name
+from hotloop.quant.qtensor import QTensor, expand_blocks, hash_permutation
 from hotloop.registry import resolve
 
 ENCODINGS = {
@@ -89,7 +89,8 @@ class StoredMatrix:
         tensors: Its tensors by suffix, such as ``.weight.scale``.
         read: Reads a whole tensor; for small tensors whose values are part of the format.
         claim: The claim of the checkpoint's configuration about it.
-        wanted: Its number format by hotloop's own description of the checkpoint.
+        wanted: The number format of its scheme; None for ``auto``. Copies that ``hotloop quantize``
+            wrote are stored in this format, since their description names the scheme.
     """
 
     name: str
@@ -111,7 +112,7 @@ class StoredMatrix:
         return SCALE_DTYPES[name]
 
     def groups(self, suffix: str, n_groups: int) -> Groups:
-        """Returns the groups of input features. The last group may have fewer.
+        """Returns the groups of input features; the last group may be smaller than the others.
 
         Args:
             suffix: The tensor that has an element for each group.
@@ -135,15 +136,16 @@ class StoredMatrix:
             )
         return Groups.of(k, size)
 
-    def order(self, suffix: str, groups: Groups) -> str | None:
-        """Names the order in which input features were grouped (act-order); None if unchanged.
+    def permutation_hash(self, suffix: str, groups: Groups) -> str | None:
+        """Hashes the order in which input features were grouped (act-order); None if unchanged.
 
         Args:
             suffix: The tensor with the group of each input feature; it may be missing.
             groups: The groups.
 
         Raises:
-            CheckpointError: The tensor does not have these groups.
+            CheckpointError: The tensor is not int32 [K], or does not put ``groups.size`` features
+                into each group.
         """
         if suffix not in self.tensors:
             return None
@@ -165,10 +167,10 @@ class StoredMatrix:
             raise self.error(
                 suffix, f"does not put {groups.size} input features into each of {groups.n} groups"
             )
-        return order_name(sorted_features(group))
+        return hash_permutation(sorted_features(group))
 
     def n_groups(self, suffix: str) -> int | None:
-        """Returns the number of groups by the claim, or else by a tensor [G, ...]."""
+        """Returns the number of groups, by the claim or a tensor [G, ...]; None if unknown."""
         size, entry = self.claim.group_size, self.tensors.get(suffix)
         if size is not None:
             return 1 if size == -1 else -(-self.shape[1] // size)
@@ -187,7 +189,8 @@ class Groups:
     Attributes:
         size: Input features of a group; the last group may have fewer.
         n: The number of groups.
-        even: The largest size that divides groups and input features evenly.
+        even: The size of the groups of the ``QTensor``, which all have the same size: the largest
+            that divides ``size`` and the input features.
     """
 
     size: int
@@ -202,11 +205,11 @@ class Groups:
 
     @property
     def features(self) -> int:
-        """The input features that an element of a row covers; see ``StoredPart``."""
+        """Input features for ``StoredPart.features``: those of a group; 0 if one group has all."""
         return 0 if self.n == 1 else self.size
 
     def expand(self, per_group: Tensor, k: int) -> Tensor:
-        """Repeats data of groups, [N, G], for the even groups of ``k`` input features."""
+        """Expands data of groups, [N, groups], to groups of ``even`` input features of ``k``."""
         return expand_blocks(
             per_group,
             rows=1,
@@ -237,7 +240,7 @@ class StoredPart:
     block: int = 1
     is_whole: bool = False
 
-    def units(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def granularity(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Returns the numbers of output and input features of [N, K] that must be read together."""
         if self.is_whole:
             return shape
@@ -245,7 +248,12 @@ class StoredPart:
         return max(n, 1), max(k, 1) * self.block
 
     def index(self, rows: range, columns: range) -> tuple[slice, ...]:
-        """Returns the slice of elements for some output and input features, in whole units."""
+        """Returns the slice of elements for output and input features.
+
+        Args:
+            rows: Output features, aligned to ``granularity``.
+            columns: Input features, aligned to ``granularity``.
+        """
         if self.is_whole:
             return ()
         axes = ((rows, self.features[0]), (columns, self.features[1]))
@@ -323,10 +331,13 @@ class Encoding(Protocol):
     """One way of storing a quantized matrix."""
 
     def expected(self, matrix: StoredMatrix) -> Mapping[str, Expected]:
-        """Returns the tensors that a matrix needs in this encoding, by its claim.
+        """Returns the tensors that the claimed format of a matrix would have in this encoding.
 
-        They are for the error of a matrix that is in no encoding: by suffix, the tensor that
-        identifies the encoding first. Empty if the encoding has no such error.
+        Used only for the error message of a matrix that no encoding recognizes.
+
+        Returns:
+            The tensors by suffix, beginning with the one that identifies the encoding. Empty if the
+            encoding contributes nothing to the message.
         """
         ...
 

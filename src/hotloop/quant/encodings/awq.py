@@ -19,7 +19,7 @@ from hotloop.quant.qtensor import QTensor
 QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""The place within a word, from the lowest bits up, of each of its integers."""
+"""For each of the eight integers of a word, its index among the word's nibbles, lowest first."""
 
 
 class Awq:
@@ -53,9 +53,9 @@ class Awq:
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             return QTensor(
-                values=_rows(parts[QWEIGHT]),
+                values=_unpack(parts[QWEIGHT]),
                 scale=groups.expand(parts[SCALES].T, shape[1]),
-                offset=None if symmetric else groups.expand(_rows(parts[QZEROS]), shape[1]),
+                offset=None if symmetric else groups.expand(_unpack(parts[QZEROS]), shape[1]),
                 kind="int4",
             )
 
@@ -86,10 +86,10 @@ def _are_half(matrix: StoredMatrix, shape: tuple[int, int]) -> bool:
     entry = matrix.tensors[QZEROS]
     if (entry.shape, entry.dtype) != (shape, "I32"):
         return False  # an error names it when it is read
-    return not bool(_rows(matrix.read(QZEROS)).any())
+    return not bool(_unpack(matrix.read(QZEROS)).any())
 
 
-def _rows(words: Tensor) -> Tensor:
+def _unpack(words: Tensor) -> Tensor:
     """Unpacks int32 [A, N / 8] to int8 [N, A] of -8…7."""
     # The words are transposed first, since they have fewer elements; then their integers are
     # written in place.

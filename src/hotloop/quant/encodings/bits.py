@@ -25,7 +25,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def pack(signed: Tensor, bits: int) -> Tensor:
-    """Packs int8 [..., K] into int32 [..., ⌈K * bits / 32⌉]: inverts ``centered`` of ``unpack``."""
+    """Packs int8 [..., K] into int32 [..., ⌈K * bits / 32⌉]; inverts ``centered(unpack(...))``."""
     unsigned = signed.view(torch.uint8) + (1 << bits - 1)  # beyond 255 it wraps around
     unsigned = torch.nn.functional.pad(unsigned, (0, -signed.shape[-1] % (32 // bits)))
     if bits == 4:

@@ -68,8 +68,8 @@ class PackQuantized:
             return None
         _check_shape(matrix)
         scales = _Scales(matrix, zero_bits=bits)
-        order = matrix.order(G_IDX, scales.groups)
-        permuted = order is not None
+        permutation_hash = matrix.permutation_hash(G_IDX, scales.groups)
+        permuted = permutation_hash is not None
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             values = centered(unpack(parts[PACKED], bits)[:, : shape[1]], bits)
@@ -82,7 +82,7 @@ class PackQuantized:
                 offset=scales.zero_points(parts, shape),
                 kind="int4" if bits == 4 else "int8",
                 permutation=features,
-                order=order,
+                permutation_hash=permutation_hash,
             )
 
         parts = {PACKED: StoredPart(shape=words[bits], dtype="I32", features=(1, 32 // bits))}
@@ -97,7 +97,7 @@ class PackQuantized:
                 group_size=scales.groups.even,
                 scale_dtype=scales.dtype,
                 zero=scales.zero,
-                order=order,
+                permutation_hash=permutation_hash,
             ),
             k=k,
             bits=bits,
@@ -195,7 +195,7 @@ class Nvfp4:
 
 
 def _check_divisor(matrix: StoredMatrix) -> None:
-    """Refuses what cannot divide the scales of a whole matrix."""
+    """Checks the divisor of all scales of a matrix: one positive, finite float32."""
     entry = matrix.tensors[GLOBAL_SCALE]
     if entry.shape not in ((), (1,)) or entry.dtype != "F32":
         raise matrix.error(
@@ -334,15 +334,17 @@ class _Scales:
         zeros = matrix.read(ZERO)
         if int(zeros.min()) < -half or int(zeros.max()) >= half:
             raise matrix.error(
-                ZERO, f"holds {int(zeros.min())} to {int(zeros.max())}: zero points have a sign"
+                ZERO,
+                f"holds {int(zeros.min())} to {int(zeros.max())}: zero points are signed, "
+                f"{-half} to {half - 1}",
             )
         return None
 
     def parts(self, *, along: bool = True) -> dict[str, StoredPart]:
-        """Returns the tensors that must be there.
+        """Returns the tensors of the scales and zero points, by suffix.
 
         Args:
-            along: Groups have consecutive input features.
+            along: Groups have consecutive input features, so a slice of them needs only its groups.
         """
         each = self.groups.features if along else 0
         features = (0, 0) if self._is_single else (1, each)

@@ -74,7 +74,7 @@ class Blocks:
             name: tensor if name == "table" else tensor.flatten(1).contiguous()
             for name, tensor in self.unpack(blocks).items()
         }
-        return QTensor(kind=_quantized(self.format), order=None, **tensors)
+        return QTensor(kind=_quantized(self.format), permutation_hash=None, **tensors)
 
 
 def _quantized(form: KernelFormat) -> QuantizedKind:

@@ -69,8 +69,8 @@ class Gptq:
         if stored[QZEROS].shape != (n_groups, n * bits // 32) or stored[QZEROS].dtype != "I32":
             return None
         groups = matrix.groups(SCALES, n_groups)
-        order = matrix.order(G_IDX, groups)
-        permuted = order is not None
+        permutation_hash = matrix.permutation_hash(G_IDX, groups)
+        permuted = permutation_hash is not None
         along = 0 if permuted else groups.features
         version, symmetric = _version(matrix, bits)
         scale_dtype = matrix.scale_dtype(SCALES)
@@ -89,7 +89,7 @@ class Gptq:
                 offset=zero,
                 kind="int4" if bits == 4 else "int8",
                 permutation=features,
-                order=order,
+                permutation_hash=permutation_hash,
             )
 
         per_word = 32 // bits
@@ -122,7 +122,7 @@ class Gptq:
                 group_size=groups.even,
                 scale_dtype=scale_dtype,
                 zero="none" if symmetric else "integer",
-                order=order,
+                permutation_hash=permutation_hash,
             ),
             k=k,
             bits=bits,

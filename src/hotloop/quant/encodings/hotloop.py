@@ -30,25 +30,26 @@ class Hotloop:
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
-        """Expects the tensors of the format that the description gives."""
+        """Recognizes ``.weight.values``, and expects the tensors of the wanted format."""
         wanted = matrix.wanted
         if wanted is None or wanted.group_size is None or VALUES not in matrix.tensors:
             return None
-        (n, k), four = matrix.shape, wanted.kind == "int4"
+        (n, k), is_int4 = matrix.shape, wanted.kind == "int4"
         values = {"int8": "I8", "nested": "I8", "fp8": "F8_E4M3", "int4": "U8"}[wanted.kind]
         grouped = wanted.scale_dtype == torch.bfloat16
         groups, scale = (n, k // wanted.group_size), "BF16" if grouped else "F32"
         along = 0 if groups[1] == 1 else wanted.group_size
         parts = {
             VALUES: StoredPart(
-                shape=(n, k // 2 if four else k), dtype=values, features=(1, 1 + four)
+                shape=(n, k // 2 if is_int4 else k), dtype=values, features=(1, 1 + is_int4)
             ),
             SCALE: StoredPart(shape=groups, dtype=scale, features=(1, along)),
         }
         if wanted.zero != "none":
             offset = "I8" if wanted.zero == "integer" else scale
             parts[OFFSET] = StoredPart(shape=groups, dtype=offset, features=(1, along))
-        return Layout(parts=parts, decode=Hotloop.decode, format=wanted, k=k, bits=4 if four else 8)
+        bits = 4 if is_int4 else 8
+        return Layout(parts=parts, decode=Hotloop.decode, format=wanted, k=k, bits=bits)
 
     @staticmethod
     def decode(parts: Mapping[str, Tensor], _shape: tuple[int, int]) -> QTensor:
