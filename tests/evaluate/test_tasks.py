@@ -296,9 +296,7 @@ def test_without_a_reference_there_are_figures_and_no_verdict():
 
 
 def test_a_task_that_has_changed_since_the_reference_answered_it_is_not_compared():
-    with pytest.raises(
-        ConfigError, match="has 4 items, and the reference answered 3: its data"
-    ):
+    with pytest.raises(ConfigError, match="has 4 items, and the reference answered 3: its data"):
         compare_tasks([cloze_task("t", 4)], [[True] * 4], [[True] * 3])
 
 

@@ -231,7 +231,7 @@ def test_a_comparison_with_an_unstable_speed_says_that_it_is_unstable():
     assert "unstable" not in steady.why
 
 
-def on_device(cell: str, mbu: float, **device: float) -> Record:
+def on_device(cell: str, mbu: float, **device: float | str) -> Record:
     machine = {"name": "A Processor", "n_threads": 2, "read_bytes_per_s": 40e9, **device}
     engine = {"weight_bytes_per_step": 128 * 2**20}
     made = record(cell, 60, provenance={"device": machine}, engine=engine)
@@ -261,6 +261,13 @@ def test_an_mbu_above_100_percent_has_a_note_with_its_cause_and_no_other_has():
     assert [row.cells[of_mbu] for row in table.rows] == ["100% [1]", "99%"]
     assert f"[1] {note}" in to_markdown(table)
     assert f"[1] {note}" in printed([unknown, below], 400)
+
+
+def test_ranks_of_a_cpu_share_its_cache():
+    shared = on_device("a/eager", 1.09, last_level_cache_bytes=32 * 2**20, kind="cpu")
+    shared.config["tensor_parallel"] = 2
+    (note,) = make_table([shared]).notes
+    assert note.endswith("The last-level cache (32 MiB) can hold 12% of these weights.")
 
 
 def test_an_mbu_above_100_percent_of_the_datasheet_has_a_note_too():

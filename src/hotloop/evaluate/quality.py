@@ -222,7 +222,7 @@ def write_reference(
     n = max(2, min(len(windows[0]) // 2, MAX_FLOOR_TOKENS))
     stored: list[Tensor] = []
 
-    def tell(n_done: int) -> None:
+    def report(n_done: int) -> None:
         if on_window:
             on_window(n_done, len(windows) + key.n_floor)
 
@@ -233,13 +233,13 @@ def write_reference(
             writer.add(score)
             if index < key.n_floor:
                 stored.append(shifted_float16(full_log_probs(score, key.vocab_size)[: n - 1]).cpu())
-            tell(index + 1)
+            report(index + 1)
 
         def add_floor(index: int, score: Score) -> None:
             log_q_TV = full_log_probs(score, key.vocab_size)
             kl = kl_divergence(stored[index].float(), log_q_TV.cpu())
             writer.floor.append(_finite(kl, "divergences", index).mean().item())
-            tell(len(windows) + index + 1)
+            report(len(windows) + index + 1)
 
         _score_each(engine, windows, add, full=True)
         beginnings = [window[:n] for window in windows[: key.n_floor]]

@@ -101,10 +101,10 @@ def _quality_words(record: Record) -> list[str]:
 
 def _options(config: Mapping[str, Any], *, sweep: bool = False) -> list[str]:
     """Returns the options of a configuration; for ``sweep`` also those with several defaults."""
-    words, said = [], _changed(config)
+    words, values = [], _changed(config)
     if sweep:
-        said |= {n: config[n] for n, lever in levers().items() if lever.sweep and n in config}
-    for name, value in said.items():
+        values |= {n: config[n] for n, lever in levers().items() if lever.sweep and n in config}
+    for name, value in values.items():
         lever = levers()[name]
         if lever.group is None or name in _FILLED_IN:
             continue

@@ -136,7 +136,9 @@ def bandwidth_note(record: Record, field: str, records: Iterable[Record]) -> str
     cache = device.get("last_level_cache_bytes")
     weights = (record.engine or {}).get("weight_bytes_per_step")
     if cache and weights:
-        held = percent(min(1.0, cache / weights))
+        # The ranks of a CPU share its cache, and each reads weights of its own.
+        sharing = record.config.get("tensor_parallel", 1) if device.get("kind") == "cpu" else 1
+        held = percent(min(1.0, cache / (weights * sharing)))
         causes.append(f"The last-level cache ({memory(cache)}) can hold {held} of these weights.")
     if not causes:
         slowed = ", or other work slowed that measurement" if field == "mbu" else ""
