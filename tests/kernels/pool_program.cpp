@@ -25,10 +25,10 @@ struct Squares : hotloop::Task {
   std::vector<int>& commits;
   std::vector<int64_t>& values;
 
-  Squares(std::vector<int>& commits, std::vector<int64_t>& values, int64_t least = 1)
+  Squares(std::vector<int>& commits, std::vector<int64_t>& values, int64_t grain_size = 1)
       : commits(commits), values(values) {
     units = int64_t(commits.size());
-    this->least = least;
+    this->grain_size = grain_size;
     unit_bytes = sizeof(int64_t);
   }
 
@@ -54,10 +54,10 @@ void check_squares(const std::vector<int>& commits, const std::vector<int64_t>& 
   }
 }
 
-void compute_squares(int64_t units, int threads, int64_t least = 1) {
+void compute_squares(int64_t units, int threads, int64_t grain_size = 1) {
   std::vector<int> commits(units);
   std::vector<int64_t> values(units);
-  Pool::shared().run(std::make_unique<Squares>(commits, values, least), threads);
+  Pool::shared().run(std::make_unique<Squares>(commits, values, grain_size), threads);
   check_squares(commits, values);
 }
 
@@ -91,7 +91,7 @@ struct Stuck final : Squares {
 void every_size() {
   for (const int threads : {1, 2, 3, 7}) {
     for (const int64_t units : {0, 1, 2, 15, 33, 1000}) {
-      for (const int64_t least : {1, 4, 2000}) compute_squares(units, threads, least);
+      for (const int64_t grain : {1, 4, 2000}) compute_squares(units, threads, grain);
     }
   }
 }

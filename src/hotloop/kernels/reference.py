@@ -390,13 +390,14 @@ def extend_chain(
     """Updates the probability that all drafts of a chain so far are accepted.
 
     Args:
-        own_B: float32, the draft model's own probability of the newest draft.
+        own_B: float32, the probability that the draft model gives the newest draft.
         accepted_B: float32, the probability for the drafts before it; None if it is the first.
         undrafted_B: bool, rows whose drafts do not count.
 
     Returns:
-        float32 [B], the probability that all drafts including the newest are accepted, 0 for rows
-        whose drafts do not count; and its mean over rows. The chain ends if the mean is too small.
+        float32 [B], the probability that all drafts including the newest are accepted; and its mean
+        over all rows, in which rows whose drafts do not count have 0. The chain ends if the mean is
+        too small.
     """
     accepted_B = own_B if accepted_B is None else accepted_B * own_B
     return accepted_B, accepted_B.masked_fill(undrafted_B, 0.0).mean()

@@ -143,15 +143,15 @@ def _register_shapes() -> None:
     def embed_groups(ids: Tensor, _: Tensor, blocks: Tensor, k: int) -> Tensor:  # noqa: ARG001
         return ids.new_empty(*ids.shape, k, dtype=torch.bfloat16)
 
-    def attention(q: Tensor, *_: Tensor | int | float) -> Tensor:
-        return torch.empty_like(q)
+    def like_first(x: Tensor, *_: Tensor | int | float) -> Tensor:
+        return torch.empty_like(x)
 
     def gather_over_ranks(x: Tensor, _: Tensor, rank: int, ranks: int) -> Tensor:  # noqa: ARG001
         return x.new_empty(ranks, *x.shape)
 
     library.register_fake("hotloop_cpu::linear_rows", linear_rows)
-    library.register_fake("hotloop_cpu::sum_over_ranks", attention)
+    library.register_fake("hotloop_cpu::sum_over_ranks", like_first)
     library.register_fake("hotloop_cpu::gather_over_ranks", gather_over_ranks)
     library.register_fake("hotloop_cpu::linear_groups", linear_groups)
     library.register_fake("hotloop_cpu::embed_groups", embed_groups)
-    library.register_fake("hotloop_cpu::decode_attention", attention)
+    library.register_fake("hotloop_cpu::decode_attention", like_first)

@@ -7,7 +7,7 @@
 //     ranks. Slots alternate: a rank that posts message n + 2 has read all messages n + 1, and each
 //     of these was posted after its rank had read the messages n. So no acknowledgment is needed.
 //   - A rank that waits spins first, since the other rank usually posts within microseconds. After
-//     kPatience it sleeps (a futex) until the message is posted. It sleeps at once if the other rank
+//     kSpinTime it sleeps (a futex) until the message is posted. It sleeps at once if the other rank
 //     last ran on the same processor, because spinning would keep that rank from running. This
 //     happens with more ranks than processors, or with pinned ranks.
 // A rank that waits for a rank that has died sleeps until it is killed (parallel.launch).
@@ -59,12 +59,12 @@ class Exchange {
     // Either this rank sees the sleeper, or the sleeper sees the message.
     mine.posted.store(number_, std::memory_order_seq_cst);
     if (mine.sleepers.load(std::memory_order_seq_cst)) wake(mine.posted);
-    bool alike = true;
+    bool same_length = true;
     for (int rank = 0; rank < n_ranks_; rank++) {
       if (rank != rank_) wait(ranks_[rank]);
-      alike = alike && ranks_[rank].bytes[number_ % 2] == bytes;
+      same_length = same_length && ranks_[rank].bytes[number_ % 2] == bytes;
     }
-    return alike;
+    return same_length;
   }
 
   const std::byte* message_of(int rank) const { return slot(rank); }
@@ -74,7 +74,7 @@ class Exchange {
 
   // How long a rank spins before it sleeps: more than the difference between the ranks' computation
   // times in most steps.
-  static constexpr std::chrono::microseconds kPatience{200};
+  static constexpr std::chrono::microseconds kSpinTime{200};
 
   struct alignas(64) Rank {
     std::atomic<uint32_t> posted;    // the number of messages so far
@@ -94,10 +94,10 @@ class Exchange {
   void wait(Rank& other) const {
     const auto posted = [&] { return has_posted(other); };
     if (posted()) return;
-    const auto sleepy = Clock::now() + kPatience;
+    const auto deadline = Clock::now() + kSpinTime;
     while (other.processor.load(std::memory_order_relaxed) != processor()) {
-      if (soon(posted)) return;
-      if (Clock::now() > sleepy) break;
+      if (poll(posted)) return;
+      if (Clock::now() > deadline) break;
     }
     other.sleepers.fetch_add(1, std::memory_order_seq_cst);
     while (!posted()) sleep(other.posted);

@@ -72,7 +72,7 @@ def _madvise() -> Callable[[int, int, int], int]:
 
 
 def _runs(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
-    """Yields the first and last addresses of tensors that lie side by side, with small gaps."""
+    """Yields the begin and end addresses of runs of tensors with only small gaps between them."""
     begin = end = 0
     for at, nbytes in sorted((t.data_ptr(), t.nbytes) for t in tensors):
         if at - end > HUGE_PAGE // 8:

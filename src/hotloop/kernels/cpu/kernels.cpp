@@ -127,7 +127,7 @@ template <int span = kLanes, int first = 0> inline f32v sum_each(const f32v (&v)
   }
 }
 
-// Widens half a vector of integers to a whole one; GCC alone takes four instructions.
+// Widens half a vector of integers to a whole one; what GCC generates itself takes four instructions.
 #ifdef __AVX512VNNI__
 inline s16v widen(s8h v) { return (s16v)_mm512_cvtepi8_epi16((__m256i)v); }
 inline u32v widen(u16h v) { return (u32v)_mm512_cvtepu16_epi32((__m256i)v); }
@@ -234,15 +234,16 @@ constexpr int64_t kAhead = 8192;  // bytes
 
 inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
 
-// The fewest units of work worth another thread: with fewer multiplications, waking the thread and
+// The fewest multiplications that are worth another thread: with fewer, waking the thread and
 // committing its results costs more than it saves (measured).
 constexpr int64_t kLinearProducts = 1 << 15, kAttentionProducts = 1 << 17;
 
+// The grain size of a task whose units have this many multiplications each.
 inline int64_t grain(int64_t least, int64_t products) {
   return std::max<int64_t>(1, least / std::max<int64_t>(1, products));
 }
 
-// The number of threads of operators called from this thread; 0 for torch's number.
+// The number of threads of our operators, if keep_threads has fixed it; otherwise 0.
 thread_local int own_threads = 0;
 
 int n_threads() { return own_threads ? own_threads : int(torch::stable::get_num_threads()); }
@@ -360,17 +361,17 @@ struct Output {
   int64_t N, stride;
 };
 
-// Divides a matrix product into vectors of output features: f(n, m, y) computes features
+// A matrix product, divided into vectors of output features: f(n, m, y) computes features
 // n … n + kLanes - 1 of rows m … m + R - 1 into y.
-template <int most, class F> struct Features final : hotloop::Task {
+template <int most, class F> struct LinearTask final : hotloop::Task {
   F f;
   int64_t M;
   Output out;
 
-  Features(F f, int64_t M, int64_t K, Output out) : f(std::move(f)), M(M), out(out) {
+  LinearTask(F f, int64_t M, int64_t K, Output out) : f(std::move(f)), M(M), out(out) {
     const int64_t N = out.N;
     units = (N + kLanes - 1) / kLanes;
-    least = grain(kLinearProducts, M * K * kLanes);
+    grain_size = grain(kLinearProducts, M * K * kLanes);
     unit_bytes = M * kLanes * sizeof *out.data;
   }
 
@@ -396,9 +397,9 @@ template <int most, class F> struct Features final : hotloop::Task {
   }
 };
 
-template <int most = kRows, class F> void by_features(const Tensor& x, Output out, F f) {
+template <int most = kRows, class F> void run_linear(const Tensor& x, Output out, F f) {
   const int64_t K = x.size(-1), M = x.numel() / K;
-  run(std::make_unique<Features<most, F>>(std::move(f), M, K, out));
+  run(std::make_unique<LinearTask<most, F>>(std::move(f), M, K, out));
 }
 
 // ------------------------------------------------------------------- bfloat16 and int8, row-major
@@ -452,12 +453,12 @@ void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&to
 
 // y[m, n] = scale(m, n) * the sum over k of weight[n, k] * x[m, k]
 template <class W, class Scale>
-void product(const Tensor& like, Activations<int16_t, kPairs> x, const Tensor& weight, Output out,
-             Scale scale) {
+void multiply_rows(const Tensor& like, Activations<int16_t, kPairs> x, const Tensor& weight,
+                   Output out, Scale scale) {
   const int64_t K = like.size(-1), N = weight.size(0);
   const auto* rows = static_cast<const W*>(weight.const_data_ptr());
-  by_features(like, out, [=, weight = weight, x = std::move(x),
-                          scale = std::move(scale)]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
+  run_linear(like, out, [=, weight = weight, x = std::move(x),
+                         scale = std::move(scale)]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
     constexpr int F = 2 * R <= kSums ? 2 : 1;
     f32v total[R][kLanes];
     for (int i = 0; i < kLanes; i += F) {
@@ -473,8 +474,8 @@ void multiply_bf16(const Tensor& x, const Tensor& weight, Output out) {
   const int64_t K = x.size(-1), M = x.numel() / K;
   STD_TORCH_CHECK(weight.size(1) == K, "weight is [N, K]");
   Activations<int16_t, kPairs> activations(static_cast<const int16_t*>(x.const_data_ptr()), M, K);
-  product<uint16_t>(x, std::move(activations), weight, out,
-                    [](int64_t, int64_t) { return 1.0f; });
+  multiply_rows<uint16_t>(x, std::move(activations), weight, out,
+                          [](int64_t, int64_t) { return 1.0f; });
 }
 
 void multiply_int8(const Tensor& x, const Tensor& values, const Tensor& scale, Output out) {
@@ -488,14 +489,14 @@ void multiply_int8(const Tensor& x, const Tensor& values, const Tensor& scale, O
                                                                              int64_t n) {
     return get(s + n, std::min<int64_t>(kLanes, N - n)) * of_row[m];
   };
-  product<int8_t>(x, std::move(activations), values, out, scale_of);
+  multiply_rows<int8_t>(x, std::move(activations), values, out, scale_of);
 }
 
 // ------------------------------------------------- groups of K, with output features interleaved
 
 // A packed weight is a description and blocks of bytes, as `kernels.cpu.packing` makes them. A block
-// is sixteen output features. What belongs to a feature is interleaved over the block, so that a lane
-// belongs to one feature, with its values, its scale and its sum.
+// is sixteen output features, whose data are interleaved: a lane of a vector has the values, the scale
+// and the sum of one feature.
 constexpr int kBlockFeatures = 16;
 
 enum class Encoding : int32_t { kNibbles, kBytes, kIntegerTable, kTable, kFloat8, kPlanes };
@@ -505,25 +506,26 @@ struct Header {
   int32_t n, k, groups, super_blocks;
   Encoding values;
   Number scale, offset, super_scale, super_offset;
-  int32_t zero;  // of all values, besides zero points of groups
+  int32_t zero;  // subtracted from every value, in addition to the zero point of its group
   int32_t permuted;
-  float factor;  // of what values are decoded to, a power of two
+  float factor;  // by which decoded values are multiplied, a power of two
   int32_t unused[4];
 };
 constexpr int64_t kAlignment = 64;
 static_assert(sizeof(Header) == kAlignment);
 
-// Features whose integer products a 32-bit sum holds exactly: 256 * 255 * 32767 < 2^31.
+// The most products of integers whose 32-bit sum is exact: 256 * 255 * 32767 < 2^31. A group with
+// more features is summed in runs of at most this many.
 constexpr int64_t kExactGroup = 256;
 
-// Scales, offsets or their factors, [columns, 16] at `at` of each block, or none.
+// Scales, offsets or their factors: [columns, 16] from byte `at` of each block; or none.
 struct Numbers {
   Number type = Number::kNone;
   int64_t at = 0;
 
   explicit operator bool() const { return type != Number::kNone; }
 
-  // Calls f(get), where get(i) are the vector from element i of a block's on.
+  // Calls f(get), where get(i) returns the vector of a block's numbers that begins with number i.
   template <class F> void with_getter(const std::byte* block, F f) const {
     const void* data = block + at;
     if (type == Number::kInt8) {
@@ -598,7 +600,7 @@ struct GroupedWeight {
   bool has_offset() const { return offset && !zero_points; }
 };
 
-// The scales, zeros and offsets of a vector of features, of some groups.
+// The scales, zero points and offsets of up to kGroups groups, for a vector of features.
 struct GroupParameters {
   static constexpr int64_t kGroups = 32;
   f32v scale[kGroups], offset[kGroups];
@@ -634,7 +636,8 @@ struct GroupParameters {
   }
 };
 
-// Where the values of a vector of features begin. Elements of type T of the features alternate.
+// Returns the address of the first values of a vector of features. Each T has values of one feature,
+// and those of the features of a block alternate.
 template <class T> const T* values_of(const GroupedWeight& weight, int64_t n) {
   return reinterpret_cast<const T*>(weight.values_of(n)) + n % kBlockFeatures;
 }
@@ -803,25 +806,26 @@ struct Float8 {
   }
 };
 
-// Computes features n … n + kLanes - 1 of R rows from activations `x` and, if values are integers,
-// the sums of activations over the runs of groups.
+// Computes features n … n + kLanes - 1 of R rows. `x` and `x_sums` begin at the first of these rows:
+// activations as `Activations` arranges them and, if values are integers, their sums over runs.
 template <class Values, int R>
 void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Values::X* x,
                      const int32_t* x_sums, f32v (&total)[R]) {
   constexpr bool kIntegers = std::is_same_v<typename Values::X, int16_t>;
   using Sums = std::conditional_t<kIntegers, s32v, f32v>;
-  // Independent additions; the order of floating-point ones must not depend on R.
+  // Accumulators of a row, which hide the latency of additions. For floating point their number must
+  // not depend on R, since it determines the order of a sum.
   constexpr int kChains = !kIntegers || R == 1 ? 4 : R < kSums / 3 ? 2 : 1;
   const int64_t size = weight.size();
   const bool has_offset = weight.has_offset();
   const Values values(weight, n);
-  // The loop over values prefetches as many bytes at a distance of kAhead as it reads. The sections
-  // before the values must do the same.
+  // The loop over values prefetches as many bytes as it reads, kAhead bytes ahead. The bytes of the
+  // sections before the values are prefetched here, at the same distance.
   if (n % kBlockFeatures == 0) {
     for (int64_t at = 0; at < weight.values_at; at += 64) prefetch(weight.block_of(n) + at);
   }
   GroupParameters parameters;
-  f32v scaled[R]{};  // kept in registers, which the compiler does not ensure for `results`
+  f32v scaled[R]{};  // a local array, which the compiler keeps in registers, unlike `total`
   int64_t k = 0;
   for (int64_t first = 0; first < weight.G; first += parameters.kGroups) {
     const int64_t count = std::min(parameters.kGroups, weight.G - first);
@@ -869,7 +873,7 @@ void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Valu
   std::copy_n(scaled, R, total);
 }
 
-// Sums fixed-point activations over the runs of groups, in the order of `multiply_groups`.
+// Sums fixed-point activations over each run of each group, in the order of `multiply_groups`.
 std::vector<int32_t> sum_runs(const FixedPoint& x, int64_t M, const GroupedWeight& weight) {
   const int64_t K = weight.K, size = weight.size(), runs = weight.runs(), all = weight.G * runs;
   std::vector<int32_t> sums(M * all);
@@ -894,9 +898,9 @@ void multiply_integers(const Tensor& x, const uint16_t* rows, int64_t M, Grouped
   const std::vector<int32_t> x_sums = sum_runs(fixed, M, weight);
   for (float& scale : fixed.scale) scale *= weight.header.factor;
   const int64_t runs = weight.G * weight.runs();
-  by_features(x, out, [=, weight = std::move(weight), pairs = std::move(pairs),
-                       x_sums = std::move(x_sums), of_row = std::move(fixed.scale)]<int R>(
-                          int64_t n, int64_t m, f32v(&y)[R]) {
+  run_linear(x, out, [=, weight = std::move(weight), pairs = std::move(pairs),
+                      x_sums = std::move(x_sums), of_row = std::move(fixed.scale)]<int R>(
+                         int64_t n, int64_t m, f32v(&y)[R]) {
     multiply_groups<Values>(weight, n, pairs.from(m), x_sums.data() + m * runs, y);
     for (int r = 0; r < R; r++) y[r] *= of_row[m + r];
   });
@@ -909,10 +913,10 @@ void multiply_floats(const Tensor& x, const uint16_t* rows, int64_t M, GroupedWe
   for_vectors(M * weight.K, [&](int64_t i, auto... rest) {
     put(&wide[i], get(rows + i, rest...), rest...);
   });
-  // Four chains of additions each: more rows would not fit into registers.
+  // Each row has four accumulators: those of more rows would not fit into registers.
   constexpr int kMost = kSums / 3;
   Activations<float, Values::kRun, kMost> activations(wide.data(), M, weight.K);
-  by_features<kMost>(
+  run_linear<kMost>(
       x, out,
       [weight = std::move(weight), activations = std::move(activations)]<int R>(
           int64_t n, int64_t m, f32v(&y)[R]) {
@@ -1021,7 +1025,8 @@ Tensor dequantize_groups(const Tensor& description, const Tensor& blocks, int64_
 
 // ------------------------------------------------------------------------------- any packed weight
 
-// A weight is bfloat16 [N, K]; int8 [N, K] and float32 [N]; or the bytes of a `GroupedWeight`.
+// A weight is one tensor, bfloat16 [N, K]; or two tensors: int8 [N, K] and float32 [N], or the
+// description and the blocks of a `GroupedWeight`.
 
 Tensor linear_rows(const Tensor& x, const Tensor& values, std::optional<Tensor> scale) {
   const int64_t N = values.size(0);
@@ -1143,10 +1148,11 @@ void attend(const Value* keys, const Value* values, int64_t length, int64_t E, c
   });
 }
 
-// Divides the cache into blocks. A block is read once, for all tokens and query heads that share it.
-// The blocks do not depend on the token, so a token's sums do not depend on the other tokens. A
-// block without visible positions contributes nothing.
-template <class Value> struct Blocks final : hotloop::Task {
+// Attention, divided into blocks of kBlock cache positions of a sequence and key/value head. A block
+// is read once, for all tokens and query heads that share it. The blocks do not depend on the token,
+// so a token's sums do not depend on the other tokens. A block without visible positions contributes
+// nothing.
+template <class Value> struct AttentionTask final : hotloop::Task {
   Tensor k_cache, v_cache;
   std::vector<int64_t> seat;      // [B]: where in the caches
   std::vector<int64_t> position;  // [B, T]
@@ -1155,8 +1161,8 @@ template <class Value> struct Blocks final : hotloop::Task {
   Partial* partial = nullptr;  // [blocks, B, T, H]
   float* sums = nullptr;       // [blocks, B, T, H, E]
 
-  Blocks(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, std::vector<int64_t> seats,
-         const Tensor& positions, int64_t window, double scale)
+  AttentionTask(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                std::vector<int64_t> seats, const Tensor& positions, int64_t window, double scale)
       : k_cache(k_cache), v_cache(v_cache), seat(std::move(seats)), query(q.numel()),
         window(window) {
     T = q.size(1), H = q.size(2), E = q.size(3), BTH = q.size(0) * T * H;
@@ -1171,7 +1177,7 @@ template <class Value> struct Blocks final : hotloop::Task {
     STD_TORCH_CHECK(longest <= C, "position beyond the cache");
     blocks = (longest + kBlock - 1) / kBlock;
     units = q.size(0) * J * blocks;
-    least = grain(kAttentionProducts, T * heads * std::min(longest, kBlock) * E);
+    grain_size = grain(kAttentionProducts, T * heads * std::min(longest, kBlock) * E);
     unit_bytes = T * heads * (sizeof(Partial) + E * sizeof(float));
   }
 
@@ -1225,8 +1231,8 @@ template <class Value>
 void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                      std::vector<int64_t> seats, const Tensor& positions, int64_t window,
                      double scale, Tensor& y) {
-  auto task = std::make_unique<Blocks<Value>>(q, k_cache, v_cache, std::move(seats), positions,
-                                              window, scale);
+  auto task = std::make_unique<AttentionTask<Value>>(q, k_cache, v_cache, std::move(seats),
+                                                     positions, window, scale);
   const int64_t blocks = task->blocks, BTH = task->BTH, E = task->E;
   std::vector<Partial> partial(blocks * BTH);
   Buffer<float> sums(blocks * BTH * E);
@@ -1286,8 +1292,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 
 // ------------------------------------------------------------------- norms, rope, SwiGLU, biases
 
-// They take about a microsecond per row, less than the some forty calls of PyTorch's operators per
-// layer that they replace. They run on the calling thread.
+// They take about a microsecond per row. PyTorch would take some forty operators per layer for them,
+// whose calls alone take longer. They run on the calling thread.
 
 void rms_norm_row(const uint16_t* x, const uint16_t* weight, int64_t D, double eps, uint16_t* y) {
   f32v squares{};

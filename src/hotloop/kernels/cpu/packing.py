@@ -1,10 +1,10 @@
-"""Packs weights with scales of groups into the layout that ``kernels.cpp`` reads.
+"""Packs weights in groups into the layout that ``kernels.cpp`` reads.
 
 A packed weight is two tensors of bytes: a description, which includes lookup table and permutation,
 and the blocks. More tensors would be slower: passing a tensor to an operator takes longer than
 reading a description.
 
-A block is 16 output features; the last block is padded with zeros. It has sections, each at a
+A block is 16 output features; the last block is padded with zeros. A block has sections, each at a
 multiple of 64 bytes, in the order in which they are read: scales, offsets, factors of scales,
 factors of offsets, and values. So prefetching values also prefetches the next block's scales. The
 data of the 16 features are interleaved: by 32-bit words of eight four-bit values, by pairs of
@@ -191,7 +191,7 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
 
 
 def _as_integers(table: Tensor) -> tuple[Tensor, float] | None:
-    """Splits a table into int8 numbers times a power of two; returns None if that is impossible."""
+    """Writes a table as int8 numbers times a power of two, exactly; None if that is impossible."""
     for exponent in range(8):
         integers = table.float() * 2**exponent
         if integers.abs().max() > 127:

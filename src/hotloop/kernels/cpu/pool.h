@@ -50,8 +50,8 @@ class Task {
   virtual void commit(int64_t begin, int64_t end, const std::byte* result) const = 0;
 
   int64_t units;
-  int64_t least;      // the fewest units that are worth another thread
-  size_t unit_bytes;  // of its result
+  int64_t grain_size;  // the fewest units that are worth another thread
+  size_t unit_bytes;   // of the result of a unit
 };
 
 class Pool {
@@ -73,7 +73,8 @@ class Pool {
   // Computes and commits a task with at most `threads` threads, including the caller.
   void run(std::unique_ptr<Task> task, int threads) noexcept {
     std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
-    threads = int(std::min<int64_t>(threads, (task->units + task->least - 1) / task->least));
+    const int64_t grains = (task->units + task->grain_size - 1) / task->grain_size;
+    threads = int(std::min<int64_t>(threads, grains));
     if (threads > 1 && lock.try_lock()) {
       threads = prepare(threads);
     } else {
@@ -103,11 +104,11 @@ class Pool {
   using Clock = std::chrono::steady_clock;
 
   // How long a worker spins before it sleeps: longer than most pauses between two operators.
-  static constexpr std::chrono::microseconds kIdle{100};
+  static constexpr std::chrono::microseconds kSpinTime{100};
 
   static int64_t chunk_length(const Task& task, int threads) {
     const int64_t chunks = int64_t(kChunks) * threads;
-    return std::max(task.least, (task.units + chunks - 1) / chunks);
+    return std::max(task.grain_size, (task.units + chunks - 1) / chunks);
   }
 
   // Scratch memory of the calling thread, aligned to a vector register.
@@ -193,7 +194,7 @@ class Pool {
       const auto now = Clock::now();
       const auto overdue = now + (now - start) / std::max<int64_t>(1, computed);
       while (Clock::now() < overdue) {
-        if (soon([&] { return ready(); })) return;
+        if (poll([&] { return ready(); })) return;
       }
       std::byte* const result = scratch(length_ * task_->unit_bytes);
       for (int owner = 0; owner < threads_; owner++) {
@@ -230,7 +231,8 @@ class Pool {
     alignas(64) std::atomic<int> inside_{0}, arrived_{0};
     std::unique_ptr<Task> task_;
     int threads_ = 0;
-    int64_t length_ = 0, chunks_ = 0;  // of a chunk, in units; in all
+    int64_t length_ = 0;  // units of a chunk
+    int64_t chunks_ = 0;  // the number of chunks
     alignas(64) std::atomic<int64_t> done_{0};
     Share shares_[kThreads];
   };
@@ -245,7 +247,8 @@ class Pool {
     return *found;
   }
 
-  // Starts workers and keeps them off the caller's processor; returns the number of threads to use.
+  // Starts missing workers, and keeps all of them off the caller's processor; returns the number of
+  // threads to use.
   int prepare(int threads) {
     threads = std::min(threads, kThreads);
 #if defined(__linux__)
@@ -283,8 +286,8 @@ class Pool {
   [[noreturn]] void serve() {
     for (uint32_t seen = 0;;) {
       const auto published = [&] { return published_.load(std::memory_order_acquire) != seen; };
-      for (const auto sleepy = Clock::now() + kIdle; !soon(published);) {
-        if (Clock::now() >= sleepy) published_.wait(seen);
+      for (const auto deadline = Clock::now() + kSpinTime; !poll(published);) {
+        if (Clock::now() >= deadline) published_.wait(seen);
       }
       seen = published_.load(std::memory_order_acquire);
       Region* const region = current_.load(std::memory_order_acquire);

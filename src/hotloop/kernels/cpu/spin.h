@@ -12,10 +12,10 @@ inline void relax() {
 #endif
 }
 
-// Polls a few times whether something has happened.
-template <class F> bool soon(F happened) {
+// Polls a condition a few times; returns whether it became true.
+template <class F> bool poll(F condition) {
   for (int i = 0; i < 16; i++) {
-    if (happened()) return true;
+    if (condition()) return true;
     relax();
   }
   return false;

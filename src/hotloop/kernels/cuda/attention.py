@@ -1,5 +1,8 @@
 """Launches of ``attention.cu``, decode attention over the cache.
 
+A *row* is a query head of a new token; rows that share a key/value head read the same keys. An
+*octet* is eight rows. A *block* is a thread block.
+
 Shape letters: B sequences, T new tokens of each, S seats, H query heads, J key/value heads, C cache
 positions, E head dimension.
 """
@@ -42,18 +45,19 @@ class AttentionTuning:
     """Parameters that are chosen for speed.
 
     Attributes:
-        chunks: The number of chunks of a long sequence; each chunk has a block. Determines the
-            order of sums.
+        chunks: The number of chunks of a long sequence; each chunk has a block of its own.
+            Determines the order of sums.
         min_chunk: The fewest positions of a chunk, a multiple of 16: a short sequence has fewer
             chunks. Determines the order of sums.
-        warps: Chains of sums of a chunk, which take tiles of 16 positions in turn; and the warps of
-            a block, unless ``turns`` is more than 1. Determines the order of sums.
-        turns: Chains of a warp, one after the other. With two, a block has half as many warps, and
-            more blocks fit on a multiprocessor. Does not change results.
+        warps: The number of chains of sums of a chunk (``kChains``), which take tiles of 16
+            positions in turn. If ``turns`` is 1, each chain has a warp of the block. Determines the
+            order of sums.
+        turns: The number of chains that a warp computes, one after the other. With two, a block has
+            half as many warps, and more blocks fit on a multiprocessor. Does not change results.
         stages: Tiles of 16 positions in a warp's ring. With fewer stages, more blocks fit on a
             multiprocessor. Does not change results.
-        octets: The most octets of rows of a block. With more octets, the history is read less
-            often; with fewer, more blocks share the work. Does not change results.
+        octets: The most octets of rows that a block serves. With more octets, the history is read
+            less often; with fewer, more blocks share the work. Does not change results.
     """
 
     chunks: int = 16
@@ -183,7 +187,8 @@ class AttentionPlan:
         """The most registers of a thread, so that other blocks fit on the multiprocessor."""
         if self.octets > 1 or self.head_dim > 128:
             return None
-        # A block of linear.cu, if there is memory for it; or three more of these.
+        # With 120, a block of linear.cu fits beside it if there is shared memory for one. With two
+        # turns, a block has half as many threads, and with 128 four of these blocks fit.
         return 120 if self.tuning.turns == 1 else 128
 
     def call(

@@ -61,8 +61,9 @@ def extend_chain(
         undrafted_B: bool, rows whose drafts do not count.
         min_probability: float32 [1]; a chain of lower probability ends.
         accepted_B: float32, the probability that all drafts so far are accepted; updated.
-        state: int32 [2], zeros before the first launch. It is kept from one launch of a chain to
-            the next. Once the chain has ended, further launches leave it ended.
+        state: int32 [2]: a counter of blocks, and whether the chain has ended; zeros before the
+            first launch. It is kept from one launch of a chain to the next: once the chain has
+            ended, further launches leave it ended.
         is_first: It is the first draft of a chain.
         handle: The handle of the IF node with the next draft; None if the draft is always made.
     """

@@ -59,8 +59,8 @@ class Limits:
         n_sms: Number of multiprocessors.
         shared_bytes: The most shared memory of a block.
         bytes_per_s: The memory's nominal bandwidth; 0 if it is not known.
-        warpgroups: Tensor cores read an operand from shared memory (``wgmma``).
-        boxes: One instruction copies a box of a tensor (``cp.async.bulk.tensor``).
+        warpgroups: Tensor cores can read an operand from shared memory (``wgmma``).
+        boxes: One instruction can copy a box of a tensor (TMA, ``cp.async.bulk.tensor``).
     """
 
     n_sms: int

@@ -66,8 +66,8 @@ class Tuning:
         ring_bytes: Shared memory of a block for copies of weights in flight.
         early_stages: Copies that a warp issues before it waits for x, or None for all but one.
         staged_bytes: The most bytes of x that a block keeps in shared memory.
-        part_bytes: The most bytes of x, of as many rows as the kernel's instance takes, that arrive
-            there in parts.
+        part_bytes: x is copied to shared memory in parts, not all at once, if it takes at most this
+            many bytes with as many rows as the kernel's instance can take.
     """
 
     warps: int = 8
@@ -565,7 +565,7 @@ class LinearPlan(GemmPlan):
         layout fits.
         """
         t = self.tuning
-        for staged, tiles, units, pairs in self._candidates():
+        for staged, tiles, units, pairs in self._divisions():
             copies = t.warps * tiles * units * self.form.unit_bytes
             source = self._source_rows if staged else 0
             rest = self._bytes_beside_ring(tiles) + 2 * self.form.k * source
@@ -591,11 +591,10 @@ class LinearPlan(GemmPlan):
                 )
         return None
 
-    def _candidates(self) -> Iterator[tuple[bool, int, int, bool]]:
+    def _divisions(self) -> Iterator[tuple[bool, int, int, bool]]:
         """Yields ways to divide shared memory, the best one first.
 
-        A way decides whether to stage x, the tiles and units of a copy, and whether to have a table
-        of pairs.
+        Each is (whether to stage x, tiles and units of a copy, whether to have a table of pairs).
         """
         if self.max_two_rows and self.form.pair_table_bytes:
             yield from ((*choice, True) for choice in self._without_table() if choice[0])

@@ -206,7 +206,7 @@ def embed(
 def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, norm_epilogue: NormEpilogue) -> Call:
     """Returns the launch that adds to the residual stream, with a norm epilogue.
 
-    Its specification is a sum, and ``reference.norm_epilogue`` of the sum.
+    It is specified by a bfloat16 sum, and by ``reference.norm_epilogue`` of that sum.
 
     Args:
         added_MK: bfloat16, summed over ranks.

@@ -1,6 +1,7 @@
 """Describes tensors from which kernels copy boxes to shared memory (``cp.async.bulk.tensor``).
 
-One instruction copies a box of up to five dimensions, whose rows need not be adjacent in memory.
+This is the Tensor Memory Accelerator (TMA) of Hopper and later GPUs. One instruction copies a box
+of up to five dimensions, whose rows need not be adjacent in memory.
 The driver encodes the description in 128 bytes, which are an argument of the kernel.
 """
 

@@ -89,12 +89,12 @@ LOADED_BYTES = 24
 clock cycles below were fitted to trials of ``wide.cu`` on an H200."""
 
 INT4_CYCLES, OCTET_CYCLES = 240, 220
-"""Clock cycles of ``wide.cu`` for 128 input features of a tile of each warp, and for each octet of
-rows besides; without groups it takes half of them."""
+"""Clock cycles in which each warp of ``wide.cu`` multiplies 128 input features of a tile: a fixed
+number, and a number for each octet of rows. A weight without groups takes half of both."""
 
 ITEM_CYCLES, SPLIT_CYCLES = 7000, 6000
-"""Clock cycles of ``wide.cu`` before the first mma and after the last one of an item, and more
-where blocks share K."""
+"""Clock cycles of an item of ``wide.cu`` before its first mma and after its last, and the clock
+cycles that are added if blocks share K."""
 
 LONG_CACHE = 8192
 """The number of cache positions from which on a block of attention serves two octets of rows, so
@@ -342,7 +342,7 @@ def attention_tuning(
     warps, stages = next((w, s) for w, s in ((8, 2), (8, 1), (4, 1), (2, 1)) if w * s < room)
     chunks = _chunks(n_kv_heads, limits.n_sms)
     blocks_share_sms = batch * n_kv_heads * chunks > 2 * limits.n_sms
-    # Of eight warps two blocks fit on a multiprocessor, of four warps four.
+    # Two blocks of eight warps fit on a multiprocessor, or four blocks of four warps.
     blocks_wait = batch * n_kv_heads > 2 * limits.n_sms
     halves = blocks_wait and warps == 8 and rows <= 8 and head_dim <= 128
     return AttentionTuning(

@@ -114,7 +114,7 @@ class WidePlan(GemmPlan):
 
     @property
     def shared_bytes(self) -> int:
-        """So large that a multiprocessor holds only one such block; see ``Layout``."""
+        """Shared memory of a block: enough that a multiprocessor holds only one; see ``Layout``."""
         used = self._bytes_beside_ring + self.stages * (self._stage_bytes + self._barrier_bytes)
         return max(used, self.limits.exclusive_bytes)
 
