@@ -111,15 +111,15 @@ class NumericsError(HotloopError):
     """A step's logits are not finite, so no next token can be chosen.
 
     Args:
-        index: Index of the prompt in the call.
-        n_tokens: Tokens of its answer before the failure.
+        index: Index of the answer, see :class:`~hotloop.types.Delta`.
+        n_tokens: Its tokens before the failure.
         dtype: Element type of activations.
     """
 
     def __init__(self, index: int, n_tokens: int, dtype: str) -> None:
         self.index, self.n_tokens, self.dtype = index, n_tokens, dtype
         super().__init__(
-            f"prompt {index}: after {n_tokens} tokens of its answer the model's logits are not "
+            f"answer {index}: after {n_tokens} tokens the model's logits are not "
             f"finite (NaN or infinity). Either its weights are damaged, or values overflow in "
             f"{dtype}: try another dtype (--dtype float32)."
         )
@@ -129,16 +129,15 @@ class GrammarError(HotloopError):
     """A grammar became too costly in the middle of an answer, which ended the answer.
 
     Args:
-        index: Index of the prompt in the call.
-        n_tokens: Tokens of its answer before the failure.
+        index: Index of the answer, see :class:`~hotloop.types.Delta`.
+        n_tokens: Its tokens before the failure.
         problem: The limit that was exceeded.
     """
 
     def __init__(self, index: int, n_tokens: int, problem: str) -> None:
         self.index, self.n_tokens, self.problem = index, n_tokens, problem
         super().__init__(
-            f"prompt {index}: after {n_tokens} tokens of its answer the grammar is too costly: "
-            f"{problem}"
+            f"answer {index}: after {n_tokens} tokens the grammar is too costly: {problem}"
         )
 
 

@@ -738,7 +738,8 @@ class Delta:
     """A piece of a streamed answer.
 
     Attributes:
-        index: Index of the prompt that it answers.
+        index: Index of the answer. With ``SamplingParams.n`` answers to each prompt, answer j to
+            prompt i has the index i × n + j; with one, this is the index of the prompt.
         text: Text that later tokens cannot change. It is empty while a character is incomplete, or
             while the text may be the beginning of a stop string.
         token_ids: The tokens of this piece.

@@ -901,7 +901,7 @@ def test_a_step_without_finite_logits_ends_the_request_with_an_error(engine, opt
     with torch.inference_mode():
         llm._runner._model.decoder.embedding.packed0[7] = torch.nan
     answered = []
-    with pytest.raises(NumericsError, match="prompt 1: after 0 tokens"):  # noqa: PT012
+    with pytest.raises(NumericsError, match="answer 1: after 0 tokens"):  # noqa: PT012
         for delta in llm.stream([[3], [9, 7]], FREELY, seed=1, **options):
             answered += delta.token_ids if delta.index == 0 else ()
     assert len(answered) == FREELY.max_new_tokens

@@ -43,7 +43,7 @@ def broken(tmp_path_factory) -> LLM:
 def test_a_step_without_finite_logits_ends_the_request_with_an_error(broken, options):
     assert len(encode(TEXT)) == len(TEXT), "a token a letter"
     for _ in range(2):  # what was left in the seat harms nothing
-        with pytest.raises(NumericsError, match=r"prompt 0: after 5 tokens .* not finite"):
+        with pytest.raises(NumericsError, match=r"answer 0: after 5 tokens .* not finite"):
             broken.generate([[START]], ignore_eos=True, seed=1, **options)
     assert broken.generate([[OTHER]])[0].token_ids == (END,)
 
@@ -59,6 +59,13 @@ def test_the_neighbors_of_such_a_request_are_answered_first(broken):
     assert (raised.value.index, raised.value.n_tokens) == (0, 5)
     assert texts[0] == TEXT[:5]
     assert {i: g.finish_reason for i, g in answers.items()} == {2: "length"}
+
+
+def test_of_several_answers_to_each_prompt_the_error_names_the_one_that_failed(broken):
+    with pytest.raises(NumericsError) as raised:
+        broken.generate([[OTHER], [START]], n=2, max_new_tokens=8)
+    assert raised.value.index in (2, 3)
+    assert str(raised.value).startswith(f"answer {raised.value.index}: ")
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])

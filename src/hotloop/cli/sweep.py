@@ -210,7 +210,7 @@ def results_name(model: str) -> str:
 
 
 def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) -> Recipe:
-    """Replaces a recipe's models and interpreters by those of the command line."""
+    """Reads a recipe, with the models and interpreters that the command line gives instead."""
     from hotloop.sweep.recipe import load_recipe, replace_models
 
     recipe = load_recipe(path)

@@ -32,7 +32,7 @@ class Request:
     """A prompt, its answer so far, and whether the answer has ended.
 
     Args:
-        index: Index of the prompt in its call.
+        index: Index of the answer in its call, see ``Delta``.
         prompt_ids: The prompt.
         params: Sampling options.
         seed: Seed of its sampling.
@@ -45,7 +45,7 @@ class Request:
         salt: Only requests with the same salt reuse each other's prefixes.
 
     Attributes:
-        index: Index of the prompt in its call.
+        index: Index of the answer in its call, see ``Delta``.
         n_cached: Tokens of the prompt that were not prefilled, since a seat held them.
         features: The features of the sampler that it needs.
         finish_reason: Why it ended; None while it is running, or if it failed.

@@ -1,8 +1,8 @@
 """Answers over HTTP: from a ticket of the engine to a response, whole or streamed.
 
-A ``Formatter`` formats answers: ``chat`` and ``completions`` have one each. This module has the
-common parts: waiting on the event loop, clients that disconnect or are too slow, keep-alive
-comments, and errors in mid-stream.
+A ``Formatter`` formats answers: ``chat``, ``completions`` and ``responses`` have one each. This
+module has the common parts: waiting on the event loop, clients that disconnect or are too slow,
+keep-alive comments, and errors in mid-stream.
 
 A formatter makes the events of a stream from prepared templates, since a JSON encoder for whole
 chunks takes several times as long.

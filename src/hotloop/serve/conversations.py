@@ -110,7 +110,8 @@ class Conversations:
             params: Sampling options of the request.
 
         Raises:
-            HotloopError: As ``prompt``, or the grammar is not valid.
+            ApiError: As for ``prompt``.
+            HotloopError: As for ``prompt``, or the grammar is not valid.
         """
         use = replace(use, parallel=use.parallel and self._supports_several)
         prompt = self.prompt(request_body, use)

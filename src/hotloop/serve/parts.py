@@ -1,4 +1,4 @@
-"""Parts of an answer, which a parser makes from a model's text, and ``chat`` converts to JSON.
+"""Parts of an answer: a parser makes them from a model's text, and a route converts them to JSON.
 
 A ``Parser`` converts the text of the engine's deltas to parts of the API's messages: it separates
 content, reasoning and tool calls. The text may be divided anywhere, and the parser withholds text

@@ -38,7 +38,7 @@ class DirectBody:
     ensure that the two do not write at the same time.
 
     Args:
-        transport: The connection's; a response with a chunked body has begun.
+        transport: That of a connection on which a response with a chunked body has begun.
 
     Raises:
         OSError: The system has no more file descriptors.

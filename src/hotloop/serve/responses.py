@@ -104,8 +104,9 @@ def messages_of(
 ) -> list[Message]:
     """Returns the items of a request as the messages of a chat.
 
-    Calls, and the reasoning before them, belong to the message of the assistant before or after
-    them. Instructions come first, together with a system message that follows.
+    Consecutive items of the assistant become one message, which can have reasoning, content and
+    calls; another message begins with a second reasoning or content, or with either after a call.
+    Instructions come first, together with a system message that follows.
 
     Args:
         items: The field ``input``.

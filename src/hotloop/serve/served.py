@@ -22,8 +22,8 @@ STALLED_S = 30.0
 """The longest iteration of a healthy engine."""
 
 API_TEMPERATURE = 1.0
-"""The default temperature of requests, as in OpenAI's API, if the model's generation config has
-none."""
+"""The default temperature of requests, as in OpenAI's API, if the model's own default is greedy
+decoding."""
 
 Status = Literal["loading", "ready", "draining", "stalled", "failed"]
 

@@ -36,7 +36,7 @@ async def submit(
         large: Check the prompts in another thread, too, since that is slow.
 
     Raises:
-        HotloopError: See ``Service.submit``.
+        HotloopError: See ``Service.submit_all``.
     """
 
     def submitted() -> Ticket:
@@ -57,7 +57,8 @@ async def submit_turn(
         turn: Makes the prompt, in another thread: templates take milliseconds.
 
     Raises:
-        HotloopError: See ``Service.submit``.
+        ApiError: A message is not valid, or the parameters of a tool cannot be enforced.
+        HotloopError: See ``Conversations.turn`` and ``Service.submit_all``.
     """
 
     def submitted() -> tuple[Turn, Ticket]:

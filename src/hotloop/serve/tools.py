@@ -226,7 +226,7 @@ class HermesParser(ToolParser):
     @classmethod
     def format_calls(cls, calls: Sequence[tuple[str, str]]) -> str:
         """See ``ToolParser``."""
-        objects = [_written(name, "arguments", arguments) for name, arguments in calls]
+        objects = [_call_json(name, "arguments", arguments) for name, arguments in calls]
         return "\n".join(f"{cls.marker}\n{one}\n{cls.closing}" for one in objects)
 
     def _after_call(self, text: str) -> int:
@@ -256,7 +256,7 @@ class Llama3Parser(ToolParser):
     @classmethod
     def format_calls(cls, calls: Sequence[tuple[str, str]]) -> str:
         """See ``ToolParser``."""
-        return "; ".join(_written(name, "parameters", arguments) for name, arguments in calls)
+        return "; ".join(_call_json(name, "parameters", arguments) for name, arguments in calls)
 
     def _at_beginning(self, text: str) -> int:
         rest = text.lstrip(SPACE)
@@ -298,7 +298,7 @@ class MistralParser(ToolParser):
     @classmethod
     def format_calls(cls, calls: Sequence[tuple[str, str]]) -> str:
         """See ``ToolParser``."""
-        objects = [_written(name, "arguments", arguments) for name, arguments in calls]
+        objects = [_call_json(name, "arguments", arguments) for name, arguments in calls]
         return f"{cls.marker} [{', '.join(objects)}]"
 
     @classmethod
@@ -414,7 +414,7 @@ def _template(tokenizer: Tokenizer) -> str:
     return tokenizer.tool_template or tokenizer.chat_template or ""
 
 
-def _written(name: str, key: str, arguments: str) -> str:
+def _call_json(name: str, key: str, arguments: str) -> str:
     return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
 
 

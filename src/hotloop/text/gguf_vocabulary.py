@@ -185,7 +185,7 @@ _NAMES = {
     "pad_token": "padding_token_id",
 }
 _MAY_BE_OUT_OF_RANGE = ("unknown_token_id", "padding_token_id", *_CODE_END_IDS)
-"""Keys whose ids are ignored if they are outside the vocabulary, in some files they are."""
+"""Keys whose ids are ignored if they are outside the vocabulary, as they are in some files."""
 
 
 class GGUFVocabulary(NamedTuple):
