@@ -163,7 +163,7 @@ def test_progress_names_the_phase_that_runs_after_the_windows_are_scored(tmp_pat
     phases = [e and e.phase for e in events if e is None or isinstance(e, CellPhase)]
     answers = phases[phases.index("quality") :]
     n = answers.count(None)
-    assert answers == ["quality"] * 6 + ["greedy"] + [None] * n + ["greedy"] * n
+    assert answers == ["quality"] * 6 + ["greedy answers"] + [None] * n + ["greedy answers"] * n
     assert n > 1
 
 

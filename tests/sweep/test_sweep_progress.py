@@ -90,6 +90,12 @@ def test_a_cell_that_was_stopped_while_it_was_scored_is_shown_with_its_speed():
     assert "int8/eager  timeout was in tasks  decode 12.0 tok/s" in line
 
 
+def test_a_cell_that_was_only_scored_is_no_failure():
+    text = shown([CellFinished(record("ok"))], force_terminal=True, color_system="standard")
+    green = "\x1b[32m"
+    assert f"{green}ok" in text
+
+
 def test_on_a_terminal_finished_cells_stay_above_the_bar():
     text = shown(EVENTS, force_terminal=True, color_system=None)
     assert "[2/6] int8/eager  oom out of memory in load" in text

@@ -438,9 +438,13 @@ def test_the_reference_is_scored_once_and_cells_are_compared_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("stop", "status", "says"),
     [
-        ("hang", "timeout", "took longer than timeout_s, 120 s, and was in greedy: raise it"),
-        ("crash", "failed", "crashed in greedy with SIGSEGV"),
-        ("ctrl-c", "interrupted", "stopped by the user in greedy"),
+        (
+            "hang",
+            "timeout",
+            "took longer than timeout_s, 120 s, and was in greedy answers: raise it",
+        ),
+        ("crash", "failed", "crashed in greedy answers with SIGSEGV"),
+        ("ctrl-c", "interrupted", "stopped by the user in greedy answers"),
     ],
 )
 def test_a_cell_that_is_stopped_while_it_is_scored_keeps_what_it_measured_and_is_tried_again(
@@ -451,7 +455,7 @@ def test_a_cell_that_is_stopped_while_it_is_scored_keeps_what_it_measured_and_is
 
     def listen(event: object) -> None:
         nonlocal now_s
-        if isinstance(event, CellPhase) and event.phase == "greedy":
+        if isinstance(event, CellPhase) and event.phase == "greedy answers":
             now_s = 121.0 if stop == "hang" else 0.0
             if stop == "ctrl-c":
                 raise KeyboardInterrupt

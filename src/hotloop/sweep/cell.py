@@ -357,7 +357,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         on_window=attempt.progress,
     )
     attempt.keep(other_perplexities=others)
-    attempt.enter("greedy")
+    attempt.enter("greedy answers")
     attempt.keep(greedy=greedy_agreement(engine, windows, attempt.progress))
     return {"quality_reason": None if reference else why_none, **_answers(attempt, engine)}
 

@@ -17,7 +17,9 @@ from hotloop.bench.record import Record
 from hotloop.errors import HotloopError, shorten_value
 from hotloop.untrusted import parse_json
 
-Phase = Literal["start", "predict", "load", "speed", "quality", "greedy", "tasks", "reference"]
+Phase = Literal[
+    "start", "predict", "load", "speed", "quality", "greedy answers", "tasks", "reference"
+]
 """The phase of a cell: starting its process, predicting memory, loading (with compilation and
 warm-up), timing, scoring, comparing greedy answers with scores, answering tasks; or, for the
 reference, scoring and storing the distributions."""

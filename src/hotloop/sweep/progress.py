@@ -35,7 +35,7 @@ DOING: dict[Phase, str] = {
     "load": "loading, compiling, warming up",
     "speed": "timing",
     "quality": "scoring",
-    "greedy": "checking greedy answers",
+    "greedy answers": "checking greedy answers",
     "tasks": "answering tasks",
     "reference": "scoring",
 }
@@ -158,7 +158,7 @@ def _outcome(record: Record) -> str:
         figures.append(f"decode {record.decode_tok_s.mean:,.1f} tok/s")
     if record.delta_ln_ppl is not None:
         figures.append(f"Δ ln ppl {record.delta_ln_ppl.mean:+.4f}")
-    if record.status in MEASURED and figures:
+    if record.status in MEASURED:
         color = "green" if record.status == "ok" else "yellow"
         return "  ".join([f"[{color}]{record.status}[/]", *figures])
     reason = escape((record.reason or "").partition("\n")[0])
