@@ -221,6 +221,18 @@ def test_items_become_the_messages_of_a_chat():
     assert messages_of("Hi", None) == [{"role": "user", "content": "Hi"}]
 
 
+def test_reasoning_begins_a_message_of_the_assistant():
+    first, second = ({"role": "assistant", "content": text} for text in ("A", "B"))
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    of_thought = {"role": "assistant", "reasoning_content": "hm"}
+    assert messages_of([first, thought, second], None) == [first, of_thought | {"content": "B"}]
+    before, after = messages_of([first, thought, call], None)
+    assert before == first
+    assert after.keys() == {"role", "reasoning_content", "tool_calls"}
+    assert messages_of([thought, thought], None) == [of_thought, of_thought]
+
+
 def test_an_error_in_mid_stream_is_a_failed_response_with_what_came_before():
     formatter = ResponsesFormatter({"id": "resp_1"}, PlainText(), None)
     text = formatter.first_events()

@@ -105,7 +105,8 @@ def messages_of(
     """Returns the items of a request as the messages of a chat.
 
     Consecutive items of the assistant become one message, which can have reasoning, content and
-    calls; another message begins with a second reasoning or content, or with either after a call.
+    calls. Another message begins with reasoning, which is the first part of an answer, and with content
+    after content or a call.
     Instructions come first, together with a system message that follows.
 
     Args:
@@ -137,14 +138,14 @@ def _add_item(messages: list[Message], place: str, item: Item) -> None:
             role = "system" if role == "developer" else role
             content = content_text(f"{place}.content", item.get("content", ""))
             if role == "assistant":
-                message = _assistant_message(messages, "content")
+                message = _assistant_message(messages, without=("content", "tool_calls"))
                 message["content"] = content
             else:
                 messages.append({"role": role, "content": content})
         case {"type": "reasoning"}:
             thoughts = item.get("content") or item.get("summary") or []
-            message = _assistant_message(messages, "reasoning_content")
-            message["reasoning_content"] = _thoughts(place, thoughts)
+            text = _thoughts(place, thoughts)
+            messages.append({"role": "assistant", "reasoning_content": text})
         case {"type": "function_call", "name": str(name), "arguments": str(arguments)}:
             call = {"type": "function", "function": {"name": name, "arguments": arguments}}
             if isinstance(call_id := item.get("call_id"), str):
@@ -172,20 +173,15 @@ def _thoughts(place: str, parts: Any) -> str:
             raise invalid_value(place, f"must have parts with a text, not {shorten_value(parts)}.")
 
 
-def _assistant_message(messages: list[Message], field: str = "") -> Message:
+def _assistant_message(messages: list[Message], *, without: Sequence[str] = ()) -> Message:
     """Returns the message of the assistant to which an item belongs: the last one, or a new one.
 
     Args:
         messages: The messages so far; a new one is appended.
-        field: The field that the item sets, which comes before calls and only once; empty for a
-            call.
+        without: Fields that the message must not have yet.
     """
     last = messages[-1] if messages else None
-    if (
-        last is None
-        or last["role"] != "assistant"
-        or (field and (field in last or "tool_calls" in last))
-    ):
+    if last is None or last["role"] != "assistant" or any(field in last for field in without):
         messages.append({"role": "assistant"})
     return messages[-1]
 
