@@ -79,7 +79,8 @@ class WithoutSums(Group):
 
     def __init__(self, group: Group) -> None:
         self._group, self.rank, self.size = group, group.rank, group.size
-        self.max, self.gather, self.gather_to_first = group.max, group.gather, group.gather_to_first
+        self.max, self.all_gather = group.max, group.all_gather
+        self.gather_to_first = group.gather_to_first
 
     def sum(self, x: Tensor) -> Tensor:
         return x

@@ -37,7 +37,7 @@ class ThreadGroup(Group):
     def kernel(self) -> str:
         return "threads"
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         self._exchange.given[self.rank] = x
         self._exchange.barrier.wait()
         gathered = torch.stack(self._exchange.given)  # fails, as a real one would, if shapes differ
@@ -45,19 +45,19 @@ class ThreadGroup(Group):
         return gathered
 
     def sum(self, x: Tensor) -> Tensor:
-        return reduce(Tensor.add, self.gather(x).unbind())
+        return reduce(Tensor.add, self.all_gather(x).unbind())
 
     def max(self, x: Tensor) -> Tensor:
-        return self.gather(x).amax(dim=0)
+        return self.all_gather(x).amax(dim=0)
 
     def inboxes(self, nbytes: int, use: str) -> Inboxes:  # noqa: ARG002 (all alike)
         mine = torch.zeros(nbytes, dtype=torch.uint8)
-        addresses = self.gather(torch.tensor(mine.data_ptr())).tolist()
+        addresses = self.all_gather(torch.tensor(mine.data_ptr())).tolist()
         self._exchange.kept.append(mine)
         return Inboxes(rank=self.rank, addresses=addresses, memory=self._exchange)
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
-        gathered = self.gather(x)
+        gathered = self.all_gather(x)
         return gathered if self.rank == 0 else None
 
 

@@ -256,7 +256,7 @@ def test_draws_from_the_same_logits_are_exactly_those_of_one_rank(options):
 def test_only_what_is_needed_crosses_over(monkeypatch):
     """One number a token; a few candidates; all of them for top-p alone."""
     crossed: list[int] = []
-    for name in ("gather", "max"):
+    for name in ("all_gather", "max"):
         original = getattr(ThreadGroup, name)
 
         def counting(self, x, original=original):
@@ -265,7 +265,7 @@ def test_only_what_is_needed_crosses_over(monkeypatch):
             return original(self, x)
 
         monkeypatch.setattr(ThreadGroup, name, counting)
-    monkeypatch.setattr(ThreadGroup, "max", lambda self, x: self.gather(x).amax(dim=0))
+    monkeypatch.setattr(ThreadGroup, "max", lambda self, x: self.all_gather(x).amax(dim=0))
     shares = [range(500), range(500, 1000)]
     logits = torch.randn(1, 1, 1000)
 

@@ -18,7 +18,7 @@ import torch
 from hotloop.kernels.cuda.launch import Device
 from hotloop.kernels.cuda.linear import NormEpilogue, PrescaledInput
 from hotloop.kernels.cuda.step import Exchange, inbox_bytes, all_reduce_kernel, all_reduce
-from hotloop.parallel.collectives import SYMMETRIC_BYTES, ProcessGroup
+from hotloop.parallel.collectives import MAX_SYMMETRIC_BYTES, ProcessGroup
 from hotloop.parallel.rendezvous import Address
 
 rank, size, port = map(int, sys.argv[1:4])
@@ -35,7 +35,7 @@ def wait_for_events():
         event.synchronize()
 
 for dtype in (torch.bfloat16, torch.float32, torch.float16):
-    for n in (8, 4096, SYMMETRIC_BYTES):
+    for n in (8, 4096, MAX_SYMMETRIC_BYTES):
         x = torch.full((1, 1, n), float(rank + 1), device=device, dtype=dtype)
         assert (group.sum(x) == total).all(), (dtype, n)
         assert (x == rank + 1).all(), "the input is unchanged"
@@ -75,7 +75,7 @@ if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "all_reduce")) is not N
     for _ in range(200):
         graph.replay()
         assert (prescaled.x == 1 + total).all()
-gathered = group.gather(torch.full((2, 3), rank, device=device))
+gathered = group.all_gather(torch.full((2, 3), rank, device=device))
 assert (gathered == torch.arange(size, device=device)[:, None, None]).all()
 print(group.kernel, *group.notes)
 """

@@ -32,7 +32,7 @@ def start(n: int) -> Ranks:
 
 
 def tell(ranks: Ranks, *command: object) -> Reply:
-    return ranks.tell(command, phase=f"phase {command[0]}")
+    return ranks.send_to_all(command, phase=f"phase {command[0]}")
 
 
 @pytest.fixture
@@ -127,15 +127,23 @@ def test_a_program_that_cannot_start_is_an_error_with_its_reason():
         tell(ranks, "pid").wait()
 
 
-@pytest.mark.parametrize("stopped", [[], [1], [1, 2]])
-def test_waiting_for_a_silent_rank_is_reported_and_continues(ranks, monkeypatch, tmp_path, stopped):
+@pytest.mark.parametrize(
+    ("stopped", "who"),
+    [
+        ([], "rank 0 of 3 may be busy"),
+        ([1], "rank 1 of 3 is stopped"),
+        ([1, 2], "ranks 1 and 2 of 3 are stopped"),
+    ],
+)
+def test_waiting_for_a_silent_rank_is_reported_and_continues(
+    ranks, monkeypatch, tmp_path, stopped, who
+):
     tell(ranks, "pid").wait()
     monkeypatch.setattr("hotloop.parallel.launch.SILENCE_S", 0.2)
     for rank in stopped:
         os.kill(pids(ranks)[rank], signal.SIGSTOP)
     reply = tell(ranks, "wait_for_file", tmp_path / "go")
     threading.Timer(1.0, (tmp_path / "go").touch).start()
-    who = f"rank {' and '.join(map(str, stopped))} of 3 is stopped" if stopped else "rank 0 of 3"
     with pytest.warns(UserWarning, match=f"no answer for 0 s in phase wait_for_file: {who}"):
         assert reply.wait() == "waited"
 
@@ -187,7 +195,7 @@ CALLER = """
 import sys, time
 from hotloop.parallel.launch import Rank, Ranks, start_rank
 ranks = Ranks([start_rank("parallel_program", rank) for rank in range(2)])
-reply = ranks.tell(("hang",), phase="a test")
+reply = ranks.send_to_all(("hang",), phase="a test")
 print(*(rank.process.pid for rank in ranks._ranks), flush=True)
 {then}
 """

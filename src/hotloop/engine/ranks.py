@@ -48,7 +48,7 @@ class RankGroup:
         self.ends_chains = setup.ends_on_host
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
         if launched is not None and launched.rank > 0:
-            _be_rank(launched, setup, n_tokens)
+            _serve_as_rank(launched, setup, n_tokens)
         n_here = ranks_here(setup.config)
         self._store: Store | None  # lives as long as the ranks
         ranks: list[Rank] = []
@@ -72,14 +72,17 @@ class RankGroup:
             one_machine=n_here == n_ranks,
         )
         try:
-            self.batch_invariant = self._ranks.tell(load, phase=load.phase).wait(progress)
+            self.batch_invariant = self._ranks.send_to_all(load, phase=load.phase).wait(progress)
         except BaseException:
             self.close()
             raise
 
     def run(self, command: Command[Result]) -> Pending[Result]:
-        """See ``EngineCore``. Returns rank 0's result; its shard is the largest of all ranks."""
-        return self._ranks.tell(command, phase=command.phase)
+        """See ``EngineCore``. The result is rank 0's.
+
+        Its shard is the largest, so the memory and the bytes that it reports bound every rank's.
+        """
+        return self._ranks.send_to_all(command, phase=command.phase)
 
     def close(self) -> None:
         """Ends the ranks."""
@@ -88,7 +91,7 @@ class RankGroup:
             self._store = None
 
 
-def _be_rank(launched: Torchrun, setup: Setup, n_tokens: int) -> NoReturn:
+def _serve_as_rank(launched: Torchrun, setup: Setup, n_tokens: int) -> NoReturn:
     """Serves the caller, the process of rank 0, until it closes, and exits."""
     caller = Caller(launched.call(launched.store()))
     serve(caller, launched.rank, launched.local_rank, own=(setup, n_tokens))

@@ -96,7 +96,7 @@ class VocabularyShard:
         if self.group.size > 1:
             missing = min(k, len(self.shares[0])) - keys.shape[-1]
             keys = torch.nn.functional.pad(keys, (0, missing), value=_SMALLEST)
-            keys = self.group.gather(keys).movedim(0, -2).flatten(-2).topk(k).values
+            keys = self.group.all_gather(keys).movedim(0, -2).flatten(-2).topk(k).values
         return _values(keys), _ids(keys)
 
     def scatter_mask(self, mask: Tensor, ids: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class VocabularyShard:
         """Returns this rank's [..., V] of the log-softmax over all ranks' logits."""
         if self.group.size == 1:
             return x.log_softmax(dim=-1)
-        parts = self.group.gather(x.logsumexp(dim=-1))
+        parts = self.group.all_gather(x.logsumexp(dim=-1))
         return x - parts.logsumexp(dim=0)[..., None]
 
     def gather_at(self, x: Tensor, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Collectives over the ranks of one model: all-reduce and gather.
+"""Collectives over the ranks of one model: all-reduce, all-gather and gather.
 
 ``Group`` is a single rank, whose collectives do nothing; ``ProcessGroup`` is several ranks, over
 gloo on CPUs and NCCL on GPUs. The all-reduce after a row-parallel projection is a torch operator
@@ -36,7 +36,7 @@ from hotloop.parallel.link import PeerError
 from hotloop.parallel.shared_memory import SharedMemory
 from hotloop.types import AllReduce
 
-SYMMETRIC_BYTES = 256 * 2**10
+MAX_SYMMETRIC_BYTES = 256 * 2**10
 """The largest all-reduce through symmetric memory; NCCL moves fewer bytes for larger ones."""
 
 _SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
@@ -47,7 +47,7 @@ detects ranks that die before this limit."""
 
 
 Use = Literal["all_reduce", "argmax"]
-"""Uses of inboxes: the all-reduce of the residual stream, and the argmax of tokens."""
+"""The purpose of inboxes: the all-reduce of the residual stream, or the argmax of the logits."""
 
 
 class Group:
@@ -74,15 +74,15 @@ class Group:
         return True
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sums tensors of one shape over ranks; every rank gets the sum."""
+        """All-reduces tensors of one shape by addition; every rank gets the sum."""
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        """Takes the element-wise maximum over ranks; every rank gets the same bits."""
+        """All-reduces tensors by their element-wise maximum; every rank gets the same bits."""
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Gathers the ranks' tensors, [size, ...]; every rank gets the same bits."""
+    def all_gather(self, x: Tensor) -> Tensor:
+        """All-gathers the ranks' tensors, [size, ...]; every rank gets the same bits."""
         return x[None]
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
@@ -201,19 +201,19 @@ class ProcessGroup(Group):
     def max(self, x: Tensor) -> Tensor:
         """See ``Group``."""
         if self._shared is not None:
-            return self.gather(x).amax(dim=0)
+            return self.all_gather(x).amax(dim=0)
         result = x.clone()
-        with _peers():
+        with _peer_errors():
             dist.all_reduce(result, dist.ReduceOp.MAX)
         return result
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """See ``Group``."""
         if self._shared is not None:
             x = x.contiguous()
             return torch.ops.hotloop_cpu.gather_over_ranks(x, self._shared, self.rank, self.size)
         gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        with _peers():
+        with _peer_errors():
             dist.all_gather_into_tensor(gathered, x.contiguous())
         return gathered.view(self.size, *x.shape)
 
@@ -221,7 +221,7 @@ class ProcessGroup(Group):
         """See ``Group``."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        with _peers():
+        with _peer_errors():
             dist.gather(x, parts)
         return None if parts is None else torch.stack(parts)
 
@@ -244,7 +244,7 @@ class ProcessGroup(Group):
 @library.custom_op("hotloop_parallel::sum", mutates_args=())
 def _sum(x: Tensor, group: str) -> Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
-    with _peers():
+    with _peer_errors():
         dist.all_reduce(result, group=c10d._resolve_process_group(cast(Any, group)))
     return result
 
@@ -263,7 +263,8 @@ def _like(x: Tensor, *_: object) -> Tensor:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def _peer_errors() -> Iterator[None]:
+    """Converts the error of a collective into a ``PeerError``, except for lack of memory."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -301,7 +302,7 @@ def _symmetric_buffer(
         try:
             import torch.distributed._symmetric_memory as symm_mem
 
-            buffer = symm_mem.empty(SYMMETRIC_BYTES, dtype=torch.uint8, device=device)
+            buffer = symm_mem.empty(MAX_SYMMETRIC_BYTES, dtype=torch.uint8, device=device)
             symm_mem.rendezvous(buffer, world)
             ones = torch.ones(64, dtype=torch.bfloat16, device=device)
             if not bool((_sum_symmetric(ones, buffer, world.group_name) == group.size).all()):

@@ -45,6 +45,7 @@ SILENCE_S = 30.0
 """Time without an answer after which a warning names the ranks that do not respond."""
 
 LOG_TAIL_LINES = 8
+"""Lines of a failed rank's log that its error quotes."""
 
 
 @dataclass(eq=False)
@@ -56,6 +57,8 @@ class Rank:
         connection: Carries commands to it, and its answers.
         process: Its process; None if it was started elsewhere (by torchrun).
         log: The output of its process, if the caller started it.
+        killed: Its connection has been shut down, or the last message sent. It is set only for a
+            rank whose process was started elsewhere.
     """
 
     index: int
@@ -78,7 +81,7 @@ class Rank:
                 end.shutdown(socket.SHUT_RDWR)
 
     def is_stopped(self) -> bool:
-        """Returns whether its process is stopped, as by SIGSTOP; False for others' children."""
+        """Returns whether its process is stopped (SIGSTOP); False if it was started elsewhere."""
         if self.process is None:
             return False
         try:
@@ -147,12 +150,18 @@ class Ranks:
         self._finalizer = weakref.finalize(self, _end, self._watch, thread, os.getpid())
         thread.start()
 
-    def tell(self, command: Any, *, phase: str) -> Reply:
-        """Sends a command to every rank; the reply yields its result or its error.
+    def send_to_all(self, command: Any, *, phase: str) -> Reply:
+        """Sends a command to every rank.
 
         Args:
             command: Any value that can be pickled.
-            phase: The phase that begins, for errors until the next command.
+            phase: The phase that begins; errors name it until the next command.
+
+        Returns:
+            A reply, whose ``wait`` returns the command's result or raises its error.
+
+        Raises:
+            HotloopError: A rank has failed, or the ranks have ended.
         """
         self._number += 1
         reply = Reply(self._number, self._watch)
@@ -197,7 +206,7 @@ class Reply:
                     heard = self._watch.changed.wait(SILENCE_S)
                     if not heard and not warned:
                         warned = True
-                        warnings.warn(self._watch.silence(), stacklevel=2)
+                        warnings.warn(self._watch.silence_warning(), stacklevel=2)
                 progress = [self.progress.popleft() for _ in range(len(self.progress))]
                 if not progress:
                     if self.done:
@@ -223,19 +232,26 @@ class _Watch:
         self._phase = "start"
 
     def expect(self, reply: Reply, phase: str) -> None:
-        """Registers the reply that waits for a command's result, and the phase."""
+        """Registers the reply that waits for a command's result, and sets the phase.
+
+        Raises:
+            HotloopError: A rank has failed, or the ranks have ended.
+        """
         with self.changed:
             if self.error is not None:
                 raise self.error
             self._replies[reply.number] = reply
             self._phase = phase
 
-    def silence(self) -> str:
-        """Returns a message on ranks that do not answer: stopped ranks, or else the first rank."""
-        stopped = [str(rank.index) for rank in self.ranks if rank.is_stopped()]
-        who = f"rank {' and '.join(stopped)} of {len(self.ranks)} is stopped (SIGCONT resumes it)"
+    def silence_warning(self) -> str:
+        """Returns a warning that names the stopped ranks, or else rank 0, which should answer."""
+        stopped, n = [str(rank.index) for rank in self.ranks if rank.is_stopped()], len(self.ranks)
         if not stopped:
-            who = f"rank 0 of {len(self.ranks)} may be busy, or wait for another"
+            who = f"rank 0 of {n} may be busy, or wait for another"
+        elif len(stopped) == 1:
+            who = f"rank {stopped[0]} of {n} is stopped (SIGCONT resumes it)"
+        else:
+            who = f"ranks {' and '.join(stopped)} of {n} are stopped (SIGCONT resumes them)"
         return f"no answer for {SILENCE_S:.0f} s in {self._phase}: {who}. Still waiting."
 
     def end(self) -> None:
@@ -320,7 +336,7 @@ class _Watch:
 
 
 def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:
-    """Ends the ranks of a group without references."""
+    """Ends the ranks of a group; runs when nothing refers to the group any more, or at exit."""
     if os.getpid() != owner:
         return  # a fork of the caller ends, not the caller
     watch.end()

@@ -27,7 +27,9 @@ from hotloop.errors import UnsupportedError
 Axis = Literal["heads", "kv_heads", "features"]
 """A dimension of a layer that ranks split."""
 
-_UNITS = (128, 64, 32, 16, 8, 4, 2, 1)
+_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
+"""The numbers of features at whose multiples shards can begin, the most efficient first."""
+
 _MIN_CONTIGUOUS = 32
 """The minimum number of contiguous features that kernels read efficiently. Only tiny models are
 split into fewer."""
@@ -107,14 +109,14 @@ def plan_shards(
     def splits(n: int) -> dict[LayerShape, list[LayerShard] | None]:
         return {shape: _split_layer(shape, n) for shape in shapes}
 
-    vocabulary, found = _split_finely(vocab_size, n_ranks, 1), splits(n_ranks)
+    vocabulary, found = _split_evenly(vocab_size, n_ranks, 1), splits(n_ranks)
     unsplit = [shape for shape, shares in found.items() if shares is None]
     if vocabulary is None or unsplit:
         shape = (unsplit or shapes)[0]
         works = [
             n
             for n in range(1, max(shape.n_heads for shape in shapes) + 1)
-            if all(splits(n).values()) and _split_finely(vocab_size, n, 1)
+            if all(splits(n).values()) and _split_evenly(vocab_size, n, 1)
         ]
         alignment = max(shape.heads_alignment, shape.features_alignment)
         scaled = f" in groups of {alignment} that share a scale" if alignment > 1 else ""
@@ -133,7 +135,7 @@ def plan_shards(
 def _split_layer(shape: LayerShape, n: int) -> list[LayerShard] | None:
     """Splits a layer over ``n`` ranks; returns None if that is impossible."""
     heads = _split_heads(shape, n)
-    features = _split_finely(shape.n_features, n, shape.features_alignment)
+    features = _split_evenly(shape.n_features, n, shape.features_alignment)
     if heads is None or features is None:
         return None
     return [
@@ -145,46 +147,52 @@ def _split_layer(shape: LayerShape, n: int) -> list[LayerShard] | None:
 def _split_heads(shape: LayerShape, n: int) -> list[tuple[range, range]] | None:
     """Splits query and key/value heads over ``n`` ranks; returns None if that is impossible."""
     group = shape.n_heads // shape.n_kv_heads
-    # Heads of attention's output that must not be divided.
-    unit = math.lcm(shape.heads_alignment, shape.head_dim) // shape.head_dim
-    whole = math.lcm(group, unit)
-    if n * whole <= shape.n_heads:
-        shares = _split(shape.n_heads, n, whole)
+    # Consecutive query heads that must stay together, because their outputs share a scale.
+    together = math.lcm(shape.heads_alignment, shape.head_dim) // shape.head_dim
+    whole_groups = math.lcm(group, together)
+    if n * whole_groups <= shape.n_heads:
+        shares = _split(shape.n_heads, n, whole_groups)
         return [(s, range(s.start // group, s.stop // group)) for s in shares]
-    if n < shape.n_kv_heads or group % unit:
+    if n < shape.n_kv_heads or group % together:
         return None
     # The first groups get fewer ranks, so that rank 0 has the most heads.
     ranks = [-(-(n - j) // shape.n_kv_heads) for j in reversed(range(shape.n_kv_heads))]
-    if max(ranks) * unit > group:
+    if max(ranks) * together > group:
         return None
     return [
         (range(j * group + s.start, j * group + s.stop), range(j, j + 1))
         for j in range(shape.n_kv_heads)
-        for s in _split(group, ranks[j], unit)
+        for s in _split(group, ranks[j], together)
     ]
 
 
-def _split_finely(n: int, n_parts: int, alignment: int) -> list[range] | None:
-    """Splits as evenly as possible, at multiples of the largest unit with which that works."""
-    units = [math.lcm(unit, alignment) for unit in _UNITS]
-    possible = [unit for unit in units if -(-n // unit) >= n_parts]
+def _split_evenly(n: int, n_parts: int, alignment: int) -> list[range] | None:
+    """Splits ``n`` features so that the largest part is as small as possible.
+
+    Parts begin at multiples of ``alignment``, and of as large a number of ``_MULTIPLES`` as this
+    allows; below ``_MIN_CONTIGUOUS`` only if there is no other way. Returns None if there are too
+    few features for ``n_parts``.
+    """
+    multiples = [math.lcm(multiple, alignment) for multiple in _MULTIPLES]
+    possible = [multiple for multiple in multiples if -(-n // multiple) >= n_parts]
     if not possible:
         return None
-    round_ones = [unit for unit in possible if unit >= _MIN_CONTIGUOUS] or possible
-    splits = {unit: _split(n, n_parts, unit) for unit in round_ones}
-    return min(splits.values(), key=lambda shares: len(shares[0]))  # the first, largest unit wins
+    efficient = [multiple for multiple in possible if multiple >= _MIN_CONTIGUOUS] or possible
+    splits = [_split(n, n_parts, multiple) for multiple in efficient]
+    return min(splits, key=lambda shares: len(shares[0]))  # of equal splits the first
 
 
-def _split(n: int, n_parts: int, unit: int) -> list[range]:
-    """Splits into consecutive ranges of whole units, larger first; the last unit may be cut."""
-    n_units = -(-n // unit)
+def _split(n: int, n_parts: int, multiple: int) -> list[range]:
+    """Splits into consecutive ranges that begin at multiples of ``multiple``, larger ones first."""
+    n_multiples = -(-n // multiple)
     edges = [0]
     for part in range(n_parts):
-        edges.append(edges[-1] + n_units // n_parts + (part < n_units % n_parts))
-    return [range(a * unit, min(b * unit, n)) for a, b in pairwise(edges)]
+        edges.append(edges[-1] + n_multiples // n_parts + (part < n_multiples % n_parts))
+    return [range(a * multiple, min(b * multiple, n)) for a, b in pairwise(edges)]
 
 
 def _listed(degrees: Sequence[int]) -> str:
+    """Returns the end of an error message: the numbers of ranks that work."""
     if degrees == [1]:
         return "only 1 works"
     return f"{', '.join(map(str, degrees[:-1]))} and {degrees[-1]} work"

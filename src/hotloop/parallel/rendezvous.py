@@ -98,7 +98,7 @@ class Torchrun:
         """Reads the environment; returns None if torchrun did not start this process.
 
         Raises:
-            ConfigError: A variable is not a number.
+            ConfigError: A variable is not a whole number.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
@@ -107,7 +107,11 @@ class Torchrun:
             rank, world_size, local_rank, port = (int(os.environ[name]) for name in names)
             local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         except ValueError as error:
-            raise ConfigError(f"torchrun's environment ({', '.join(names)}): {error}.") from error
+            variables = ", ".join((*names, "LOCAL_WORLD_SIZE"))
+            raise ConfigError(
+                f"the environment variables {variables} must be whole numbers, as torchrun sets "
+                f"them ({error}): start hotloop by torchrun, or unset them."
+            ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(
@@ -194,7 +198,7 @@ def _accept(reached: socket.socket, secret: bytes, arrived: queue.SimpleQueue[Ra
 
 @contextmanager
 def _limited(reached: socket.socket) -> Generator[Connection]:
-    """Limits the time of each message within the block; closes the connection if that fails."""
+    """Limits the time of each message within the block; closes the connection after an error."""
     reached.settimeout(None)
     connection = Connection(os.dup(reached.fileno()))
 

@@ -26,19 +26,19 @@ another machine or in another container, the process id may belong to another pr
 
 
 class SharedMemory:
-    """Memory of all ranks, initially zeros. All ranks make it at the same time.
+    """Memory that all ranks map, initially zeros. All ranks create it at the same time.
 
     Args:
         store: The store of the rendezvous.
         rank: This rank.
-        size: The number of ranks.
+        n_ranks: The number of ranks.
 
     Attributes:
         tensor: The memory, uint8; None if this rank cannot map it.
         reason: Why it cannot be mapped; None if it can.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, n_ranks: int) -> None:
         self.tensor: Tensor | None = None
         self.reason = cpu.unavailable_reason()
         self._file: int | None = None
@@ -46,7 +46,7 @@ class SharedMemory:
             self.reason = "it needs Linux"
         try:
             if rank == 0:
-                store.set(_KEY, json.dumps(None if self.reason else self._create(size)))
+                store.set(_KEY, json.dumps(None if self.reason else self._create(n_ranks)))
             elif (where := json.loads(store.get(_KEY))) and self.reason is None:
                 self._open(*where)
         except OSError as error:
@@ -60,9 +60,9 @@ class SharedMemory:
             os.close(self._file)
             self._file = None
 
-    def _create(self, size: int) -> tuple[int, int, str]:
-        """Creates the memory; returns process, file descriptor and secret."""
-        n_bytes = torch.ops.hotloop_cpu.exchange_bytes(size)
+    def _create(self, n_ranks: int) -> tuple[int, int, str]:
+        """Creates the memory on rank 0; returns process id, file descriptor and secret (hex)."""
+        n_bytes = torch.ops.hotloop_cpu.exchange_bytes(n_ranks)
         self._file = os.memfd_create("hotloop ranks")
         os.ftruncate(self._file, n_bytes + _SECRET_BYTES)
         secret = secrets.token_bytes(_SECRET_BYTES)
@@ -83,4 +83,5 @@ class SharedMemory:
             os.close(opened)
 
     def _map(self, file: int) -> None:
+        """Maps the whole file as ``tensor``, which keeps the mapping alive."""
         self.tensor = torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)
