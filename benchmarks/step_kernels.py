@@ -196,7 +196,7 @@ class Version:
         stepper = self._llm._runner._stepper
         seats = torch.arange(n, device=self._device)
         hashed = hashlib.sha256(repr(self._tokens[n]).encode())
-        with self.active(), self._llm._turns.hold(), torch.inference_mode():
+        with self.active(), self._llm._streams.hold(), torch.inference_mode():
             if self._device == "cuda":
                 torch.cuda.synchronize()  # the engine has a stream of its own
             for position in range(N_LOGITS):
@@ -214,7 +214,7 @@ class Version:
 
         scheduler = self._scheduler
         on_gpu, kinds = torch.autograd.DeviceType.CUDA, [torch.profiler.ProfilerActivity.CUDA]
-        with self.active(), self._llm._turns.hold():
+        with self.active(), self._llm._streams.hold():
             requests = self._llm.requests(prompts(n), self._params)
             for request in requests:
                 scheduler.submit(request)

@@ -36,7 +36,7 @@ def draws(
     for row in range(n_seeds):
         sampler.admit(row, params, row * 7919 + 13, SEEN)
     for token in answer:
-        sampler.remember(torch.full((n_seeds, 1), token), 0)
+        sampler.update_penalties(torch.full((n_seeds, 1), token), 0)
     logits_SV = torch.tensor(logits, dtype=torch.float32).expand(n_seeds, -1)
     drawn = []
     for position in range(n_positions):

@@ -15,7 +15,7 @@ from scipy import stats
 from tiny_models import N_TOKENS, encode, write_markov, write_random, write_script
 
 from hotloop import LLM, EngineConfig, Generation, SamplingParams, Speculation
-from hotloop.engine.assumption import assume, assumed_probability
+from hotloop.engine.simulated_acceptance import assumed_probability, simulate_acceptance
 from hotloop.engine.core import StepTimes
 from hotloop.engine.draft_control import Choice, DraftController, sizes_up_to
 from hotloop.engine.setup import prepare, resolve_auto
@@ -1066,7 +1066,7 @@ def test_assumed_drafts_are_kept_with_their_probability_each_and_independently()
     B, D = 20_000, 3
     ids, drafts, after = draw(B, D + 1), draw(B, D), draw(B, D + 1)
     positions = draw(B, 1) + torch.arange(D + 1)
-    accepted = (assume(ids, drafts, after, positions, 0.7)[:, :-1] == drafts).double()
+    accepted = (simulate_acceptance(ids, drafts, after, positions, 0.7)[:, :-1] == drafts).double()
     assert (accepted.mean(0) - 0.7).abs().max() < 0.015
     assert abs(float((accepted[:, 0] * accepted[:, 1]).mean()) - 0.49) < 0.015
     own = assumed_probability(positions[:, 1:], after[:, :1], 0.7)
@@ -1075,9 +1075,9 @@ def test_assumed_drafts_are_kept_with_their_probability_each_and_independently()
         kept = accepted[own == probability]
         assert len(kept) > B // 2
         assert abs(float(kept.mean() - probability)) < 0.02
-    none = assume(ids, torch.full_like(drafts, -1), after, positions, 1.0)
+    none = simulate_acceptance(ids, torch.full_like(drafts, -1), after, positions, 1.0)
     assert torch.equal(none, ids), "where there is no draft nothing is kept"
-    broken = assume(torch.full_like(ids, -1), drafts, after, positions, 1.0)
+    broken = simulate_acceptance(torch.full_like(ids, -1), drafts, after, positions, 1.0)
     assert (broken == -1).all(), "logits that are not finite stay an error"
 
 

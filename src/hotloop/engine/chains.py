@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hotloop.engine.assumption import assumed_probability
+from hotloop.engine.simulated_acceptance import assumed_probability
 from hotloop.engine.core import Features
 from hotloop.engine.graphs import capture
 from hotloop.engine.rows import Rows
@@ -44,17 +44,17 @@ class Chain:
             seats [B].
         rows: The rows of the target model.
         sampler: Samples from the logits of the draft model.
-        tokens_BT: int64, the newest tokens.
+        tokens_BT: int64, the newest T tokens of each row.
         positions_BT: int64, their positions.
-        k: D, the most drafts.
+        k: The most drafts, D.
         features: The features that the sampler needs.
 
     Attributes:
         drafts: int64 [B, D]; -1 where no draft is made.
         n: Number of drafts so far.
-        after: int64 [B, 1], the newest tokens, which the first drafts follow.
+        newest: int64 [B, 1], the newest token of each row, which its first draft follows.
         logits: float32 [B, 1, V], the logits of the newest draft.
-        ids: int64 [B, 1], the newest draft.
+        ids: int64 [B, 1], the newest draft; the newest token before there is a draft.
         positions: int64 [B, 1], its position.
     """
 
@@ -71,7 +71,7 @@ class Chain:
         features: Features,
     ) -> None:
         self.rows, self.sampler, self.n = rows, sampler, 0
-        self.after = self.ids = tokens_BT[:, -1:]
+        self.newest = self.ids = tokens_BT[:, -1:]
         self.positions = positions_BT[:, -1:]
         self.drafts = tokens_BT.new_full((len(tokens_BT), k), -1)
         self._forward, self._features = forward, features
@@ -97,7 +97,7 @@ class Chain:
         self.n += 1
 
     def run(self, end: ChainEnd | None) -> Tensor:
-        """Makes drafts until the chain ends, and returns them; all of them without ``end``."""
+        """Makes drafts until ``end`` ends the chain, or all D of them; returns ``drafts``."""
         self.draft()
         while self.n < self.drafts.shape[1]:
             if end is None:
@@ -129,7 +129,7 @@ class EndOnHost:
     """
 
     def __init__(self, assumed_acceptance: float | None = None) -> None:
-        self._assumed, self._min_probability = _Assumed(assumed_acceptance), 0.0
+        self._assumed, self._min_probability = _AssumedProbabilities(assumed_acceptance), 0.0
         self._accepted_B: Tensor | None = None
 
     def set_min_probability(self, min_probability: float) -> None:
@@ -139,12 +139,12 @@ class EndOnHost:
     def extend(self, chain: Chain) -> bool:
         """See ``ChainEnd``."""
         if self._min_probability > 0:
-            own_B = self._assumed.newest(chain)
-            if own_B is None:
-                own_B = chain.sampler.probability(chain.logits, chain.ids)[:, 0]
+            probability_B = self._assumed.of_newest_draft(chain)
+            if probability_B is None:
+                probability_B = chain.sampler.probability(chain.logits, chain.ids)[:, 0]
             before_B = None if chain.n == 1 else self._accepted_B
-            undrafted_B = chain.rows.undrafted[: len(own_B), 0]
-            self._accepted_B, mean = reference.extend_chain(own_B, before_B, undrafted_B)
+            undrafted_B = chain.rows.undrafted[: len(probability_B), 0]
+            self._accepted_B, mean = reference.extend_chain(probability_B, before_B, undrafted_B)
             if mean < self._min_probability:
                 return False
         chain.draft()
@@ -152,7 +152,7 @@ class EndOnHost:
 
 
 class Branches(Protocol):
-    """See ``graphs.IfNodes``."""
+    """Conditional work, as ``graphs.IfNodes`` does it."""
 
     def run(self, decide: Callable[[int | None], None], body: Callable[[], None]) -> None:
         """See ``graphs.IfNodes``."""
@@ -179,7 +179,7 @@ class EndOnDevice:
         assumed_acceptance: float | None = None,
     ) -> None:
         self._branches, self._launcher = branches, launcher
-        self._assumed = _Assumed(assumed_acceptance)
+        self._assumed = _AssumedProbabilities(assumed_acceptance)
         self._min_probability = torch.zeros(1, dtype=torch.float32, device=device)
         self._accepted = torch.zeros(n_rows, dtype=torch.float32, device=device)
         self._state = torch.zeros(2, dtype=torch.int32, device=device)
@@ -193,13 +193,13 @@ class EndOnDevice:
 
     def extend(self, chain: Chain) -> bool:
         """See ``ChainEnd``."""
-        own_B, B = self._assumed.newest(chain), len(chain.ids)
+        probability_B, B = self._assumed.of_newest_draft(chain), len(chain.ids)
 
         def decide(handle: int | None) -> None:
             call = extend_chain(
                 chain.logits[:, 0],
                 chain.ids[:, 0].contiguous(),
-                own_B,
+                probability_B,
                 chain.rows.undrafted[:B, 0],
                 self._min_probability,
                 self._accepted[:B],
@@ -213,22 +213,27 @@ class EndOnDevice:
         return True
 
 
-class _Assumed:
-    """The assumed probabilities of a chain's drafts; see ``EngineConfig.assume_acceptance``."""
+class _AssumedProbabilities:
+    """The simulated probabilities of a chain's drafts (``simulated_acceptance``).
 
-    def __init__(self, share: float | None) -> None:
-        self._share = share
-        self._of_chain: Tensor | None = None
+    Args:
+        rate: The acceptance rate to simulate; None simulates none.
+    """
 
-    def newest(self, chain: Chain) -> Tensor | None:
-        """Returns the assumed probability of the newest draft, [B]; None without an assumption."""
-        if self._share is None:
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._of_chain_BD: Tensor | None = None
+
+    def of_newest_draft(self, chain: Chain) -> Tensor | None:
+        """Returns the probability of the newest draft, float32 [B]; None if none is simulated."""
+        if self._rate is None:
             return None
         if chain.n == 1:  # of all drafts at once: each call launches a dozen kernels
-            after = torch.arange(chain.drafts.shape[1], device=chain.drafts.device)
-            self._of_chain = assumed_probability(chain.positions + after, chain.after, self._share)
-        assert self._of_chain is not None, "a chain begins with its first draft"
-        return self._of_chain[:, chain.n - 1].contiguous()
+            offsets = torch.arange(chain.drafts.shape[1], device=chain.drafts.device)
+            positions_BD = chain.positions + offsets
+            self._of_chain_BD = assumed_probability(positions_BD, chain.newest, self._rate)
+        assert self._of_chain_BD is not None, "a chain begins with its first draft"
+        return self._of_chain_BD[:, chain.n - 1].contiguous()
 
 
 def unavailable_reason(end: EndOnDevice, launcher: Launcher, device: torch.device) -> str | None:

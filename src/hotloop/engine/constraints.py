@@ -44,7 +44,7 @@ class Constraints:
     Args:
         grammars: Compiles grammars.
         n_rows: Rows of the largest step.
-        max_drafts: The most drafts in a step.
+        max_drafts: The most drafts of a row in a step.
         device: The device of the logits.
     """
 
@@ -88,7 +88,10 @@ class Constraints:
         self._rows[target], self._rows[source] = self._rows[source], None
 
     def expect(self, step: PendingTokens, rows: Sequence[int]) -> None:
-        """Records that a step will bring the next tokens of rows, in this order."""
+        """Records that the next tokens of ``rows`` are those of ``step``, in the same order.
+
+        The matchers of these rows consume them before the next mask is computed.
+        """
         matchers = {i: m for i, row in enumerate(rows) if (m := self._rows[row]) is not None}
         if matchers:
             self._unread.append((step, matchers))

@@ -49,9 +49,9 @@ class Features:
     constrain: bool = False
 
     @classmethod
-    def of(cls, requests: Iterable[SamplingParams]) -> Features:
-        """Returns the features that these requests need together."""
-        first, *others = map(cls._of_one, requests)
+    def of(cls, params: Iterable[SamplingParams]) -> Features:
+        """Returns the features that requests with these options need together."""
+        first, *others = map(cls._of_one, params)
         return functools.reduce(operator.or_, others, first)
 
     @classmethod
@@ -260,7 +260,7 @@ class MoveRow(Command[None]):
 
 
 StepKind = tuple[int, int, int]
-"""Drafts for each row, the number of their drafter, and the steps of one program."""
+"""A kind of step: drafts for each row, the number of their drafter, and steps of one program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,9 +281,10 @@ class Step(Command[StepResult]):
             ``EngineCore.ends_chains``.
         n_steps: Number of steps; 1 with a grammar.
         known_positions: For each row in use, a lower bound on the position of its newest token.
-        slack: The most tokens that steps in flight may add to a row.
-        any_seats: Run the program for rows in any seats even if the seats are in order: a server
-            has captured no other program.
+        slack: The most tokens that steps in flight may add to a row, so the newest token's position
+            is at most ``known_positions`` plus this.
+        any_seats: Run the program that looks up each row's seat, even if the seats are
+            consecutive: a server has captured no other program.
         kinds: The kinds of steps that can follow with these rows and features. Their programs are
             captured or compiled together with the program of this step, so that no later step of
             these requests has to wait for it.
@@ -311,9 +312,9 @@ class ScoreBatching:
     """Limits of batched scoring.
 
     Attributes:
-        chunk: Tokens of a chunk of a window that can share a prefix with others
-            (``Scoring.group``), and the most tokens of a chunk in a batch. Only the last chunks of
-            windows are batched.
+        chunk: The most tokens of a chunk in a batch. A window that can share a prefix with others
+            (``Scoring.group``) is divided into chunks of this size. Only the last chunks of windows
+            are batched.
         max_windows: Windows of a batch.
         max_tokens: Tokens of all windows together, each taken to be as long as the longest.
         exact: The bits of a row do not depend on the other rows of a batch. Otherwise only windows
@@ -327,7 +328,7 @@ class ScoreBatching:
     exact: bool = True
 
     def holds(self, lengths: Sequence[int]) -> bool:
-        """Returns whether chunks of these lengths can be scored as one batch."""
+        """Returns whether last chunks of these lengths can be scored as one batch."""
         n = len(lengths)
         longest = max(lengths)
         fits = longest <= self.chunk and n * longest <= self.max_tokens

@@ -88,6 +88,9 @@ class _Rate:
 class _StepTime:
     """The mean time of recent steps of a kind; unknown before the second step.
 
+    The unit of time is the caller's: seconds for plain steps, and plain steps for steps with
+    drafts.
+
     The first step can be slow, since its data are in no cache yet: the faster of the first two
     counts. Chains can end early, so steps of a kind differ in the number of drafts that they made.
     A line over that number is fitted to their times by least squares, with the plain step as one
@@ -95,7 +98,7 @@ class _StepTime:
     drafts.
 
     Args:
-        plain: The time without drafts; None if no line is to be fitted.
+        plain: The time of a plain step, to which the line is fitted too; None fits no line.
     """
 
     DECAY = 0.9
@@ -106,7 +109,7 @@ class _StepTime:
 
     def __init__(self, plain: float | None = None) -> None:
         self._plain = plain
-        self._first: tuple[float, float] | None = None  # its drafts and its time
+        self._first: tuple[float, float] | None = None  # the first step's drafts and its time
         self.mean: float | None = None  # None while it is unknown
         self.weight = 0.0
         """The weight of all times in the mean."""
@@ -137,7 +140,7 @@ class _StepTime:
         return self.mean + self.per_draft * (n_drafts - self._drafts / self.weight)
 
     def add(self, time: float, n_drafts: float = 0.0, n_between: int = 0) -> float:
-        """Adds a time, limited to 1.25 times the line, since another process can delay a step.
+        """Adds a time, limited to 1.25 times the expected one: another process can delay a step.
 
         Without the limit, one delayed plain step would make drafts look cheap until the next plain
         step.
@@ -155,9 +158,9 @@ class _StepTime:
             self._first = n_drafts, time
             return time
         if self.mean is None:
-            of_first, expected = self._first
-            if self._plain is not None and of_first:
-                expected = self._plain + (expected - self._plain) * n_drafts / of_first
+            first_drafts, expected = self._first
+            if self._plain is not None and first_drafts:  # scaled to this number of drafts
+                expected = self._plain + (expected - self._plain) * n_drafts / first_drafts
             time = expected = min(time, expected)
         else:
             expected = self.expected(n_drafts)
@@ -183,7 +186,7 @@ class Choice:
         trial_s: If the step is a trial of a choice that is not the best: the time per token of the
             best choice. None otherwise.
         min_probability: See ``Step.min_probability``.
-        limits: The most drafts that each request was allowed.
+        limits: For each request of the step, the most drafts that it was allowed.
     """
 
     drafter: int = 0
@@ -194,8 +197,8 @@ class Choice:
 
 
 _Arm = tuple[int, int]
-"""What a step can be chosen to do: the number of a drafter, and a number of drafts. (An *arm* of a
-multi-armed bandit, which the choice between them is.)"""
+"""A choice for a step: the number of a drafter, and a number of drafts. To choose between them is a
+multi-armed bandit problem, hence the name."""
 
 PLAIN: _Arm = (0, 0)
 """The arm without drafts."""
@@ -320,7 +323,7 @@ class DraftController:
     MAX_SCHEDULED = 8
     """The most plain steps that are scheduled at once."""
 
-    MIN_REFRESH, REFRESH = 4, 64
+    MIN_REFRESH, MAX_REFRESH = 4, 64
     """The minimum and the maximum number of steps with drafts between two plain steps."""
 
     def __init__(
@@ -353,11 +356,12 @@ class DraftController:
         self._lengths: dict[int, list[float]] = {}  # by drafter and k: see _length
         # The acceptance rate of drafts after accepted drafts.
         self._newest_accepted = [_Rate() for _ in range(n_drafters)]
+        # For each drafter, the share of its steps for which it found drafts.
         self._with_drafts = [_Average() for _ in range(n_drafters)]
         self._found_none = [False] * n_drafters  # in the newest step of each
-        self._trials_s: float | None = None  # the time that trials may lose
+        self._trials_s: float | None = None  # the exploration budget: time that trials may lose
         self._gained_s: float | None = None  # the time that drafts gained against plain steps
-        self._since_plain = 0
+        self._since_plain = 0  # steps with drafts since the newest plain step
         # The newest choice of each drafter, by their number.
         self._chosen_at, self._n_choices = [0] * n_drafters, 0
         # The number of plain steps that are scheduled, and for which requests.
@@ -409,21 +413,23 @@ class DraftController:
             costs_s[arm] = cost_s
         if len(arms) == 1:
             return Choice()
-        speeds = {arm: self._tokens(limits, arm) / cost_s for arm, cost_s in costs_s.items()}
-        best = max(arms, key=speeds.__getitem__)
+        tokens_per_s = {
+            arm: self._expected_tokens(limits, arm) / cost_s for arm, cost_s in costs_s.items()
+        }
+        best = max(arms, key=tokens_per_s.__getitem__)
         if not self._always and best != PLAIN:
-            loss_s = costs_s[PLAIN] - 1 / speeds[best]
+            loss_s = costs_s[PLAIN] - 1 / tokens_per_s[best]
             spent_s = self._since_plain * costs_s[best]
-            if speeds[best] * (1 - self._relative_error(n, best)) < speeds[PLAIN]:
+            if tokens_per_s[best] * (1 - self._relative_error(n, best)) < tokens_per_s[PLAIN]:
                 best = PLAIN
-            elif self._since_plain >= self.REFRESH or (
+            elif self._since_plain >= self.MAX_REFRESH or (
                 self._since_plain >= self.MIN_REFRESH and loss_s < self.PLAIN_SHARE * spent_s
             ):
                 return Choice()
         if not self._always and self._gained_s is not None and self._gained_s < 0:
             self._schedule_plain(-self._gained_s, costs_s[PLAIN])
             return Choice()
-        token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
+        token_s, best_drafter = 1 / tokens_per_s[best], best[0] if best[1] else None
         most_s = self.MAX_BUDGET * costs_s.get(PLAIN, token_s)
         # The time that each trial loses if it yields one token.
         trials = {
@@ -435,7 +441,7 @@ class DraftController:
             return Choice(*best)
         # The best arm of the drafter that was chosen the longest ago. It waits for its budget,
         # since cheaper trials would otherwise always come first.
-        trial = max(trials, key=lambda arm: (-self._chosen_at[arm[0]], speeds[arm]))
+        trial = max(trials, key=lambda arm: (-self._chosen_at[arm[0]], tokens_per_s[arm]))
         if trials[trial] < self._trials_s:
             return Choice(*trial, token_s)
         if best == PLAIN:
@@ -478,11 +484,12 @@ class DraftController:
 
         Args:
             n: Rows.
-            k: Drafts per row that the step verified; 0 if no row had any.
+            k: Drafts per row that the step verified; 0 if no row had any. It can be less than
+                ``choice.k``, where chains ended early.
             choice: The choice that the step followed.
             times: Times of the step, or of all steps; None for the first of its size.
-            kept: The number of tokens that each request got.
-            steps: Number of steps.
+            kept: The number of tokens that the step yielded for each request that has not ended.
+            steps: Number of steps that ``times`` covers.
             n_made: Drafts of the longest chain; None for ``k``.
             mean_made: The mean of ``n_made`` over the steps that ``times`` covers; None for
                 ``n_made``.
@@ -494,7 +501,7 @@ class DraftController:
             self._with_drafts[choice.drafter].decay(self.DECAY)
             self._with_drafts[choice.drafter].add(float(k > 0))
             self._found_none[choice.drafter] = k == 0
-        most = choice.k if k else 0
+        k_chosen = choice.k if k else 0  # a step without any draft was a plain step
         if k:
             self._n_plain = 0
             self._expected.clear()
@@ -510,12 +517,12 @@ class DraftController:
                 own = self._of_request.setdefault(request, self._new_acceptance())[choice.drafter]
                 own.decay()
                 for acceptance in (own, self._acceptance[choice.drafter]):
-                    acceptance.add(n_tokens, most)
+                    acceptance.add(n_tokens, k_chosen)
                 for i in range(min(n_tokens, n_made)):
                     self._newest_accepted[choice.drafter].add(n_tokens > i + 1)
         if times is None:
             return
-        arm = (choice.drafter, most) if most else PLAIN
+        arm = (choice.drafter, k_chosen) if k_chosen else PLAIN
         seconds = (times.draft_s + times.model_s) / steps
         plain_s, unit_s = self._mean(n, PLAIN), 1.0
         if arm != PLAIN and not self._always:
@@ -539,9 +546,13 @@ class DraftController:
         def updated(
             budget_s: float | None, token_s: float | None, initial: float, most: float
         ) -> float:
-            """Adds the share, and the time gained or lost against ``token_s`` per token."""
+            """Adds to a budget its share of the steps' time, and what the steps gained or lost.
+
+            The gain is the time that their tokens would have taken, at ``token_s`` each, less the
+            time that they took.
+            """
             budget_s = initial * step_s if budget_s is None else budget_s
-            # The first steps of a kind are measurements, which every drafter gets.
+            # The first steps of a kind are not counted: every kind must be measured.
             if token_s is not None and tokens_per_row is not None and is_known:
                 budget_s += token_s * tokens_per_row - spent_s
             return min(most * step_s, budget_s + share_s)
@@ -598,26 +609,30 @@ class DraftController:
         """Returns the share of steps for which a drafter finds drafts; 1 before the first step."""
         return self._with_drafts[drafter].mean(1.0, 0.1)
 
-    def _tokens(self, limits: Mapping[Any, int], arm: _Arm) -> float:
+    def _expected_tokens(self, limits: Mapping[Any, int], arm: _Arm) -> float:
         """Returns the expected tokens of a step, as their mean over its requests."""
         drafter, k = arm
         if k == 0:
             return 1.0
-        total = sum(self._accepted(request)[drafter][min(k, n)] for request, n in limits.items())
+        total = sum(
+            self._expected_accepted(request)[drafter][min(k, limit)]
+            for request, limit in limits.items()
+        )
         return 1.0 + self._share_with_drafts(drafter) * total / len(limits)
 
-    def _accepted(self, request: object) -> list[list[float]]:
+    def _expected_accepted(self, request: object) -> list[list[float]]:
         """Returns the expected number of accepted drafts of a request, by drafter and k.
 
         It is computed once between two steps with drafts.
         """
         found = self._expected.get(request)
         if found is None:
-            found = [self._accepted_of(request, drafter) for drafter in range(self._n_drafters)]
+            found = [self._compute_accepted(request, d) for d in range(self._n_drafters)]
             self._expected[request] = found
         return found
 
-    def _accepted_of(self, request: object, drafter: int) -> list[float]:
+    def _compute_accepted(self, request: object, drafter: int) -> list[float]:
+        """Computes the expected number of accepted drafts of a request for k = 0, 1, …"""
         mine = self._of_request.get(request)
         totals, all_accepted, rate = [0.0], 1.0, self.PRIOR_ACCEPTANCE
         for i, of_all in enumerate(self._acceptance[drafter].positions):
@@ -637,10 +652,11 @@ class DraftController:
         plain_s, step = self._mean(n, PLAIN), self._costs.get((n, (drafter, choice.k)))
         if not self._ends_early or choice.k < 2 or plain_s is None:
             return 0.0
-        if step is None or step.mean is None:  # until a chain that never ends early measured it
+        # The line needs the times of steps that made all drafts, so the first chains do not end.
+        if step is None or step.mean is None:
             return 0.0
         best_per_s = max(
-            self._tokens(limits, arm) / self._known_cost_s(n, arm)
+            self._expected_tokens(limits, arm) / self._known_cost_s(n, arm)
             for arm in (PLAIN, (drafter, choice.k))
             if self._cost_s(n, arm) is not None
         )
@@ -654,7 +670,7 @@ class DraftController:
 
 
 class StepTimer(DraftController):
-    """Always drafts the same number of tokens, and keeps the time of every step.
+    """A controller that always drafts the same number of tokens, and keeps every step's time.
 
     Args:
         n: Rows of the steps to time.

@@ -15,7 +15,8 @@ def as_prompts(prompts: str | ChatPrompt | Sequence[Prompt]) -> list[Prompt]:
     """Returns the prompts of one call as a list.
 
     Raises:
-        RequestError: The argument is neither a prompt nor a list, or one list of token ids.
+        RequestError: The argument is neither a prompt nor a list of prompts, or it is itself a list
+            of token ids.
     """
     if isinstance(prompts, str | ChatPrompt):
         return [prompts]

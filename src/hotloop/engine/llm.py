@@ -3,7 +3,7 @@
 It turns prompts into requests and drives the ``Scheduler``, which owns the requests. The
 ``Scheduler`` sends commands to an ``EngineCore``, which owns the device.
 
-Calls may overlap, in one thread or several: their requests share the scheduler (``turns``).
+Calls may overlap, in one thread or several: their requests share the scheduler (``streams``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hotloop.engine.request import Request, Scoring
 from hotloop.engine.runner import OnProgress, Runner
 from hotloop.engine.scheduler import Job, Scheduler, n_multi_steps
 from hotloop.engine.setup import prepare
-from hotloop.engine.turns import Piece, Turns
+from hotloop.engine.streams import Piece, Streams
 from hotloop.errors import (
     CheckpointError,
     ContextLengthError,
@@ -137,7 +137,7 @@ class LLM:
                 needed, free = error.needed_bytes, error.free_bytes
                 raise OutOfMemoryError("warmup", needed, free) from error
             raise
-        self._turns = Turns(self._scheduler)
+        self._streams = Streams(self._scheduler)
         self._warmup_s = time.perf_counter() - started
         self._facts = self._runner.run(Describe()).wait()
 
@@ -235,14 +235,14 @@ class LLM:
         group = object() if share_prefixes else None
         scorings = (self.scoring(window, full=full, group=group) for window in windows)
         self._check_open()
-        stream, error, done = self._turns.open([]), None, False
+        stream, error, done = self._streams.open([]), None, False
         ahead: deque[Scoring] = deque()
         try:
             while True:
                 while not done and self._has_room(ahead):
                     try:
                         following = next(scorings)
-                        self._turns.add(stream, following)
+                        self._streams.add(stream, following)
                         ahead.append(following)
                     except StopIteration:
                         done = True
@@ -250,7 +250,7 @@ class LLM:
                         error, done = raised, True
                 if not ahead:
                     break
-                piece, scoring = self._turns.next(stream), ahead.popleft()
+                piece, scoring = self._streams.next(stream), ahead.popleft()
                 assert piece is not None, "a window that is not scored has its stream open"
                 assert piece[0] is scoring, "windows end in their order"
                 del piece
@@ -258,7 +258,7 @@ class LLM:
             if error is not None:
                 raise error
         finally:
-            self._turns.leave(stream)
+            self._streams.close(stream)
 
     def _has_room(self, ahead: Sequence[Scoring]) -> bool:
         """Returns whether another window can be scored together with these."""
@@ -333,7 +333,7 @@ class LLM:
                 self._request(i, prompt, params, time.perf_counter(), speculates=True)
                 for i, prompt in enumerate(prompts)
             ]
-            with self._turns.hold():
+            with self._streams.hold():
                 scheduler = self._new_scheduler(timer, self._scheduler.n_steps)
                 _answer(requests, scheduler)
                 self._scheduler.forget()  # its seats have been overwritten
@@ -344,14 +344,14 @@ class LLM:
     @contextmanager
     def meter(self) -> Iterator[PeakMemory]:
         """Measures peak memory in the ``with`` block: the maximum over ranks."""
-        self._turns.check_not_held()
+        self._streams.check_not_held()
         peak = _Peak()
-        with self._turns.exclusive():
+        with self._streams.exclusive():
             self._runner.run(StartMeter()).wait()
         try:
             yield peak
         finally:
-            with self._turns.exclusive():
+            with self._streams.exclusive():
                 peak.peak_bytes = self._runner.run(StopMeter()).wait()
 
     def close(self) -> None:
@@ -360,12 +360,12 @@ class LLM:
         Raises:
             RequestError: The engine has a service, which must be closed first.
         """
-        self._turns.check_not_held()
+        self._streams.check_not_held()
         runner, self._open_runner = self._open_runner, None
         if runner is None:
             return
-        with self._turns.exclusive():
-            self._turns.fail(self._closed())
+        with self._streams.exclusive():
+            self._streams.fail(self._closed())
             runner.close()
 
     def __enter__(self) -> LLM:
@@ -485,7 +485,7 @@ class LLM:
             RequestError: The engine is closed, is generating, or has a service.
         """
         self._check_open()
-        return self._turns.hold()
+        return self._streams.hold()
 
     def prepare_to_serve(self) -> Scheduler:
         """Captures or compiles all programs that requests can need, before the first request.
@@ -712,12 +712,12 @@ class LLM:
     def _pieces(self, jobs: Sequence[Job]) -> Generator[Piece]:
         """Submits jobs and yields their pieces; cancels unfinished jobs at the end."""
         self._check_open()
-        stream = self._turns.open(jobs)
+        stream = self._streams.open(jobs)
         try:
-            while (piece := self._turns.next(stream)) is not None:
+            while (piece := self._streams.next(stream)) is not None:
                 yield piece
         finally:
-            self._turns.leave(stream)
+            self._streams.close(stream)
 
 
 def _answer(requests: Sequence[Request], scheduler: Scheduler) -> None:

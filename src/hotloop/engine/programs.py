@@ -15,7 +15,7 @@ from hotloop.engine.core import TOP_K_CANDIDATES, Features, Step, padded_rows
 from hotloop.engine.draft_control import PLAIN, draft_arms, sizes_up_to
 from hotloop.engine.scheduler import step_kinds
 from hotloop.engine.setup import Setup
-from hotloop.engine.steps import SMALLEST_LENGTH
+from hotloop.engine.steps import MIN_LENGTH
 
 SERVED_FEATURES = (
     Features(),
@@ -41,8 +41,8 @@ def serving_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
     It is empty where nothing is captured or compiled.
 
     Args:
-        setup: The engine.
-        n_steps: Steps of a multi-step program.
+        setup: The engine's setup.
+        n_steps: Steps of a multi-step program of plain steps.
     """
     return tuple(_steps(setup, n_steps)) if setup.makes_programs else ()
 
@@ -54,9 +54,9 @@ def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
     if setup.draft is not None:
         arms = draft_arms(sizes_up_to(setup.config.draft_tokens), len(setup.draft.names))
     for n in sorted(sizes, reverse=True):
-        for k, drafter, several in step_kinds(arms, n_steps, alone=n == 1):
+        for k, drafter, n_program_steps in step_kinds(arms, n_steps, alone=n == 1):
             for features in reversed(served_features(setup)):
-                if several > 1 and features.constrain:
+                if n_program_steps > 1 and features.constrain:
                     continue
                 for longest in _lengths(setup):
                     yield Step(
@@ -66,7 +66,7 @@ def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
                         features=features,
                         k=k,
                         drafter=drafter,
-                        n_steps=several,
+                        n_steps=n_program_steps,
                         any_seats=True,
                     )
 
@@ -75,7 +75,7 @@ def _lengths(setup: Setup) -> Sequence[int]:
     """Returns a value of ``Step.longest`` for each length of cache with its own program."""
     if setup.fused or setup.device.type == "cpu":  # kernels stop at a row's position
         return (setup.n_positions,)
-    lengths = [SMALLEST_LENGTH]
+    lengths = [MIN_LENGTH]
     while lengths[-1] < setup.n_positions:
         lengths.append(2 * lengths[-1])
     return [min(length, setup.n_positions) for length in reversed(lengths)]

@@ -144,7 +144,7 @@ class Request:
         Args:
             n: Number of steps; 1 with drafts.
             n_step_tokens: Tokens that the steps produced for this request.
-            n_kept: The number of these tokens up to the end of the request.
+            n_kept: How many of them are part of the answer; the others are beyond its end.
             n_drafts: Number of drafts of its row.
             times: The request's share of the steps' times.
         """
@@ -227,7 +227,8 @@ class Scoring:
             shares nothing.
 
     Attributes:
-        n_cached: Number of its first tokens whose keys, values and scores were reused.
+        n_cached: Number of its first tokens whose keys, values and scores are those of an earlier
+            window.
         parts: The scores of its chunks so far; once it has been scored, that of the whole window.
         ended: Whether it has been scored or cancelled.
     """
@@ -238,17 +239,17 @@ class Scoring:
         self.ids, self.full, self.n_top, self.group = ids, full, n_top, group
         self.parts: list[Score] = []
         self.ended, self.n_cached = False, 0
-        self._like: Scoring | None = None
+        self._earlier: Scoring | None = None
 
-    def begin_like(self, other: Scoring, n: int) -> None:
-        """Reuses the scores of the first ``n`` predictions of a window that is scored earlier."""
-        self._like, self.n_cached = other, n
+    def reuse_scores(self, earlier: Scoring, n: int) -> None:
+        """Takes the first ``n`` predictions from a window that is scored before this one."""
+        self._earlier, self.n_cached = earlier, n
 
     def finish(self) -> None:
-        """Joins the scores of its parts, after those of the window whose prefix it shares."""
-        if self._like is not None:
-            self.parts.insert(0, _first(self._like.score(), self.n_cached))
-        self._like = None
+        """Joins the scores of its parts, after those that it reuses."""
+        if self._earlier is not None:
+            self.parts.insert(0, _first(self._earlier.score(), self.n_cached))
+        self._earlier = None
         if len(self.parts) > 1:
             self.parts = [_joined(self.parts)]
         self.ended = True

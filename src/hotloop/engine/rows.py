@@ -31,9 +31,9 @@ class Rows:
     """The state of every row, in tensors that CUDA graphs read at replay.
 
     Args:
-        n_rows: R.
-        n_positions: C.
-        spare: The most drafts in a step, for which the history has further positions.
+        n_rows: The number of rows, R.
+        n_positions: Positions of a seat, C.
+        max_drafts: The most drafts in a step, for which the history has further positions.
         device: The device of the model.
         scratch: The seat of unused rows that a captured step computes.
         launcher: Launches the CUDA kernels; None uses plain PyTorch.
@@ -44,20 +44,21 @@ class Rows:
         positions: int64 [R]: the position of the newest token, which is not in the cache yet.
         seats: int64 [R]: the seat of each row in the cache.
         undrafted: bool [R, 1]: whether a row gets no drafts; true for rows that are not in use.
+        last: The last position of the cache.
     """
 
     def __init__(
         self,
         n_rows: int,
         n_positions: int,
-        spare: int,
+        max_drafts: int,
         device: torch.device,
         *,
         scratch: int = 0,
         launcher: Launcher | None = None,
     ) -> None:
         self._launcher = launcher
-        width = n_positions + spare + 1  # a finished row may run one more step
+        width = n_positions + max_drafts + 1  # a finished row may run one more step
         self.history = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self.positions = torch.zeros(n_rows, dtype=torch.int64, device=device)
         self._scratch = scratch
@@ -73,7 +74,7 @@ class Rows:
         Args:
             row: The row of the first prompt; the other prompts get the next rows.
             prompts: The tokens of each, int64.
-            first_ids_B: int64.
+            first_ids_B: int64, the first token of each answer.
         """
         lengths = to_device(list(map(len, prompts)), self.positions.device)
         for history, prompt in zip(self.history[row:], prompts, strict=False):
@@ -90,7 +91,8 @@ class Rows:
     def place(self, seats: tuple[int, ...], undrafted: frozenset[int] = frozenset()) -> None:
         """Sets the seats of the first rows, for the steps that follow; the others are unused.
 
-        Unused rows are at position 0 of the scratch seat, where attention has little to read.
+        When seats change, unused rows go to position 0 of the scratch seat, where attention has
+        little to read. From there each step that computes them advances them.
 
         Args:
             seats: The seat of each row in use.
@@ -117,7 +119,7 @@ class Rows:
         """Returns the input of a step of the first ``n`` rows.
 
         Args:
-            n: B.
+            n: The number of rows, B.
             drafts_BD: int64, negative for none; or None.
 
         Returns:

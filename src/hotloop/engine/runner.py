@@ -68,7 +68,7 @@ from hotloop.engine.speculation import (
     ModelDrafter,
     NgramDrafter,
     SelfDrafter,
-    SharedDrafter,
+    BroadcastDrafter,
 )
 from hotloop.engine.steps import Stepper, Timestamps, step_times
 from hotloop.engine.vocabulary import VocabularyShard
@@ -144,11 +144,11 @@ class Runner:
                 self._vocabulary,
                 launcher=self._model.launcher if self._group.size == 1 else None,
             )
-            spare = config.draft_tokens if setup.draft else 0
+            max_drafts = config.draft_tokens if setup.draft else 0
             self._rows = Rows(
                 config.max_batch_size,
                 setup.n_positions,
-                spare,
+                max_drafts,
                 device,
                 scratch=setup.n_seats - 1,
                 launcher=self._model.launcher,
@@ -156,7 +156,7 @@ class Runner:
             self._constraints = Constraints(
                 grammars or Grammars(setup.load_tokenizer, n_tokens),
                 n_rows=config.max_batch_size,
-                max_drafts=spare,
+                max_drafts=max_drafts,
                 device=device,
             )
             self._draft_model: _Model | None = None
@@ -169,8 +169,10 @@ class Runner:
                 self._sampler,
                 self._constraints,
                 drafters=self._drafters,
-                max_drafts=spare,
-                verified=sizes_up_to(spare) if setup.makes_programs else range(spare + 1),
+                max_drafts=max_drafts,
+                verified=(
+                    sizes_up_to(max_drafts) if setup.makes_programs else range(max_drafts + 1)
+                ),
                 chain_end=chain_end,
                 assumed_acceptance=config.assume_acceptance,
                 n_positions=setup.n_positions,
@@ -181,7 +183,7 @@ class Runner:
             models = [self._model, *([self._draft_model] if self._draft_model else [])]
             ours = all(model.on_cpu_kernels for model in models)
             self._step_threads = cpu.single_threaded_torch if ours else nullcontext
-            longest = max(setup.prefill_chunk, 1 + spare)
+            longest = max(setup.prefill_chunk, 1 + max_drafts)
             exact = longest <= EXACT_CPU_CHUNK and self._group.sums_in_one_order
             self.batch_invariant = ours and exact
         with working_on(device, "warmup"):
@@ -247,7 +249,7 @@ class Runner:
             logits_BV[:, None], positions_B1, row, features, masks_BTW=masks_B1W
         )
         if features.adjust:
-            self._sampler.remember(sampled.ids, row)
+            self._sampler.update_penalties(sampled.ids, row)
         self._rows.admit(row, ids, sampled.ids[:, 0])
         for drafter in self._drafters:
             for each in prompts:
@@ -416,7 +418,7 @@ class Runner:
             )
         if drafter is not None and self._group.size == 1:
             return drafter
-        return SharedDrafter(drafter, self._group, self._setup.device)
+        return BroadcastDrafter(drafter, self._group, self._setup.device)
 
 
 class _Model:

@@ -48,8 +48,8 @@ is applied to the whole vocabulary."""
 
 
 SPARSE_DIVISOR = 8
-"""If at most one token in this many passes top-k, top-p and min-p, a CPU computes Gumbel numbers of
-the passing tokens only."""
+"""If at most one token in this many passes top-k, top-p and min-p, a CPU computes the Gumbel
+numbers of these tokens only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +132,17 @@ class Sampler:
             self.presence,
             self.frequency,
         ) = self._numbers
+        # first_end: the first position at which ``min_new_tokens`` allows an end-of-sequence token.
         self.top_k, self.seed, self.first_end = self._counts
-        # Words are little-endian.
+        # Mask words are read as bytes, lowest first: bit i of byte j is for token id 8 j + i.
         self._bits_of_byte = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8).to(device)
         width = max(vocab_size, self.vocabulary.ids.stop)
 
         def per_token(dtype: torch.dtype) -> Tensor:
             return torch.zeros(n_rows, width, dtype=dtype, device=device)
 
+        # Tokens of the prompt and the answer so far; how often the answer has each; the bias of
+        # each; and the end-of-sequence tokens, for ``min_new_tokens``.
         self.seen_RV, self.counts_RV = per_token(torch.bool), per_token(torch.int32)
         self.bias_RV, self.ends_RV = per_token(torch.float32), per_token(torch.bool)
         # Rows whose biases or end tokens may have been set. The rest of a row's state has no effect
@@ -148,8 +151,8 @@ class Sampler:
         self.vocab_size = vocab_size
 
     @property
-    def memory(self) -> tuple[Tensor, ...]:
-        """The tensors that ``remember`` changes."""
+    def penalty_state(self) -> tuple[Tensor, ...]:
+        """The tensors that ``update_penalties`` changes."""
         return self.seen_RV, self.counts_RV
 
     def of_whole_vocabulary(self) -> Sampler:
@@ -195,7 +198,7 @@ class Sampler:
         self._numbers[:, row] = to_device(numbers, self._numbers.device, torch.float32)
         self._counts[:, row] = to_device(counts, self._counts.device)
         if row in self._adjusting or params.adjusts_logits:
-            for tensor_RV in self._of_tokens:
+            for tensor_RV in self._token_tensors:
                 tensor_RV[row].zero_()
         self._adjusting.discard(row)
         if not params.adjusts_logits:
@@ -215,15 +218,15 @@ class Sampler:
         for options in (self._numbers, self._counts):
             options[:, target] = options[:, source]
         if self._adjusting & {source, target}:
-            for tensor_RV in self._of_tokens:
+            for tensor_RV in self._token_tensors:
                 tensor_RV[target] = tensor_RV[source]
         self._adjusting.discard(target)
         if source in self._adjusting:
             self._adjusting.add(target)
 
     @property
-    def _of_tokens(self) -> tuple[Tensor, ...]:
-        """The rows' tensors of tokens."""
+    def _token_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors with an entry for each token id of each row."""
         return self.seen_RV, self.counts_RV, self.bias_RV, self.ends_RV
 
     def _ids(self, ids: Iterable[int]) -> Tensor:
@@ -241,15 +244,17 @@ class Sampler:
         best_BT: Tensor | None = None,
         masks_BTW: Tensor | None = None,
     ) -> Sampled:
-        """Samples a token at every position; sequence b is in row ``first_row + b``.
+        """Samples a token at every position, greedily in rows whose temperature is 0.
+
+        Sequence b is in row ``first_row + b``.
 
         Args:
             logits_BTV: float32, the model's logits of this rank's shard.
             positions_BT: Position of each sampled token; None if no feature depends on it.
             first_row: The row of the first sequence.
             features: The features that these rows need.
-            drafts_BD: int64, draft tokens, negative for none. For penalties, position t of T is
-                conditioned on the first t + D - T + 1 of them.
+            drafts_BD: int64, draft tokens, negative for none. Penalties at position t of T count
+                the first t + D - T + 1 drafts as tokens of the answer.
             best_BT: Argmax of the logits over ids that can be selected, -1 where the maximum is not
                 finite; None if it has not been computed.
             masks_BTW: int32, bit masks of the tokens that grammars allow, of the whole vocabulary:
@@ -291,13 +296,15 @@ class Sampler:
         logprobs_BT = self.vocabulary.gather_at(self.vocabulary.log_softmax(logits_BTV), ids_BT)
         return logprobs_BT.exp().where(ids_BT >= 0, 0.0)
 
-    def remember(self, ids_BT: Tensor, first_row: int, n_kept_B: Tensor | None = None) -> None:
+    def update_penalties(
+        self, ids_BT: Tensor, first_row: int, n_kept_B: Tensor | None = None
+    ) -> None:
         """Adds tokens of the answer to the tokens to which penalties apply.
 
         Args:
-            ids_BT: The tokens.
+            ids_BT: int64, the tokens; -1 where the logits were not finite.
             first_row: The row of the first sequence.
-            n_kept_B: The number of tokens of each row that are accepted; None for all.
+            n_kept_B: int64, the number of tokens of each row that are accepted; None for all.
         """
         ids_BT = ids_BT.clamp(min=0)  # -1: the row has failed, any id does
         kept_BT = torch.ones_like(ids_BT, dtype=torch.bool)
@@ -403,7 +410,10 @@ class Sampler:
         whole_BT1 = weights_BTV.cumsum(dim=-1)[..., -1:] if fewer else None
 
         def passing(n: int) -> tuple[Tensor, Tensor | None]:
-            """Returns which of the n most likely pass, and with ``fewer`` whether no others do."""
+            """Returns which of the n most likely tokens pass, and whether all others fail.
+
+            The second is a bool tensor; None for the largest n, where there is nothing to decide.
+            """
             best_BTK, ids_BTK = self.vocabulary.topk(scaled_BTV, n)
             # Sums from the most likely token on do not depend on the number of candidates either.
             sums_BTK = best_BTK.exp().cumsum(dim=-1)

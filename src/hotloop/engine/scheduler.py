@@ -96,14 +96,14 @@ def step_kinds(
 
     Args:
         arms: See ``DraftController.arms``.
-        n_steps: Steps of a multi-step program of plain steps.
+        n_steps: Steps of a multi-step program of plain steps; 1 for no such programs.
         alone: The steps are those of a single request.
     """
     kinds = [(k, drafter, 1) for drafter, k in arms]
     if n_steps > 1:
         kinds.append((0, 0, n_steps))
-    if alone and (several := n_drafting_steps(n_steps)) > 1:
-        kinds += [(k, drafter, several) for drafter, k in arms if k]
+    if alone and (n_drafting := n_drafting_steps(n_steps)) > 1:
+        kinds += [(k, drafter, n_drafting) for drafter, k in arms if k]
     return tuple(kinds)
 
 
@@ -271,18 +271,18 @@ class Scheduler:
 
     def _launch_step(self) -> _Launched | None:
         """Launches a decode step for every request that needs one, without waiting for it."""
-        fewest: dict[Request, int] = {}  # tokens that steps in flight add at least
-        most: dict[Request, int] = {}
+        min_added: dict[Request, int] = {}  # tokens that steps in flight add
+        max_added: dict[Request, int] = {}
         for launched in chain.from_iterable(self._in_flight):
             for request in launched.requests.values():
-                fewest[request] = fewest.get(request, 0) + launched.n_steps
+                min_added[request] = min_added.get(request, 0) + launched.n_steps
                 added = launched.n_steps * (1 + launched.choice.k)
-                most[request] = most.get(request, 0) + added
+                max_added[request] = max_added.get(request, 0) + added
         remaining: dict[Request, int] = {}
         for row, request in enumerate(self._rows):
             if request is None:
                 continue
-            n_remaining = request.n_remaining - fewest.get(request, 0)
+            n_remaining = request.n_remaining - min_added.get(request, 0)
             if n_remaining > 0:
                 remaining[request] = n_remaining
             else:
@@ -295,23 +295,23 @@ class Scheduler:
         known_positions = {
             row: len(r.prompt_ids) + len(r.token_ids) - 1 for row, r in active.items()
         }
-        slack = max(most.get(request, 0) for request in active.values())
-        furthest = max(known_positions[row] + most.get(r, 0) for row, r in active.items())
+        slack = max(max_added.get(request, 0) for request in active.values())
+        max_position = max(known_positions[row] + max_added.get(r, 0) for row, r in active.items())
         choice = Choice()
         if self.controller is not None:
             limits = {r: remaining[r] - 1 if r.params.speculate else 0 for r in active.values()}
-            choice = self.controller.choose(limits, self._n_positions - 2 - furthest)
+            choice = self.controller.choose(limits, self._n_positions - 2 - max_position)
         k = choice.k
         alone = not self._waiting and self._prefilling is None
         features = self._features(active.values())
         n_steps = self.n_steps if k == 0 else n_drafting_steps(self.n_steps) if n == 1 else 1
-        has_room = furthest + n_steps * (k + 1) < self._n_positions
+        has_room = max_position + n_steps * (k + 1) < self._n_positions
         if not (alone and min(remaining.values()) >= n_steps and has_room) or features.constrain:
             n_steps = 1
         step = Step(
             n=n,
             seats=tuple(self._seat_of[request].index for request in active.values()),
-            longest=furthest + n_steps * (k + 1),
+            longest=max_position + n_steps * (k + 1),
             features=features,
             k=k,
             drafter=choice.drafter,
@@ -480,7 +480,7 @@ class Scheduler:
             start = max(0, placement.n_cached - 1)
             if start > 0:
                 assert placement.window is not None, "a window wrote its prefix"
-                job.begin_like(placement.window, start)
+                job.reuse_scores(placement.window, start)
         else:
             placement = self._seats.place(job.prompt_ids, job.salt)
             start = placement.n_cached

@@ -95,7 +95,11 @@ class Seats:
         return self._place(ids, salt, self._reuse, MIN_COPIED_TOKENS)
 
     def place_window(self, window: Scoring) -> Placement:
-        """Occupies a free seat for a window to score; ``n_cached`` excludes its last input."""
+        """Occupies a free seat for a window to score.
+
+        The window's last token is only predicted, and the one before it is always computed: neither
+        counts in ``n_cached``.
+        """
         self._forget_windows(window.group)
         reuse: PrefixReuse = "none" if window.group is None else "tokens"
         return self._place(window.ids[:-1], window.group, reuse, MIN_SHARED_TOKENS)
@@ -179,7 +183,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
-    while low < high:  # the first ``low`` are equal; the first ``high + 1`` are not
+    while low < high:  # the first ``low`` are equal, and the prefix has at most ``high``
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle

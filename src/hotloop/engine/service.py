@@ -54,7 +54,7 @@ from hotloop.types import (
 )
 
 MAX_QUEUED = 64
-"""The most requests that wait for a seat by default."""
+"""The most answers that wait for a seat, by default."""
 
 MAX_UNREAD_BYTES = 4 * 2**20
 """The most bytes of an answer that may wait in the queue of its ticket, by default."""
@@ -88,7 +88,7 @@ class Ticket:
 
     Args:
         jobs: The answers, or the window to score.
-        event: Set when something has arrived.
+        event: Set when pieces or an error have arrived.
         n: Answers to each prompt, which follow each other in ``jobs``.
         max_unread_bytes: The most bytes in the queue: the bytes of the text, 8 for a token, 16 for
             a log-probability.
@@ -106,7 +106,7 @@ class Ticket:
         max_unread_bytes: int,
     ) -> None:
         self._jobs = tuple(jobs)
-        self.prompt_tokens = sum(map(_n_given, self._jobs[::n]))
+        self.prompt_tokens = sum(map(_n_input_tokens, self._jobs[::n]))
         self._n_open, self._event, self._max_unread_bytes = len(self._jobs), event, max_unread_bytes
         self._pieces: deque[tuple[Piece, int]] = deque()  # each with its bytes
         self._n_put = self._n_taken = 0  # bytes; each is written by one side only
@@ -191,8 +191,8 @@ class ServiceState:
     """The service at one moment.
 
     Attributes:
-        n_running: Requests that have a seat, in prefill or decoding.
-        n_waiting: Requests that wait for a seat.
+        n_running: Answers and windows that have a seat, in prefill or decoding.
+        n_waiting: Answers and windows that wait for a seat.
         n_captured: Programs captured or compiled since the service was ready; normally 0.
         n_steps: Decode steps since the engine was made.
         n_step_rows: Sum of the numbers of rows of these steps.
@@ -235,7 +235,7 @@ class Service:
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._llm, self._loop, self._max_unread_bytes = llm, loop, max_unread_bytes
-        self._most = llm.config.max_batch_size + max_queued
+        self._max_jobs = llm.config.max_batch_size + max_queued
         self._max_queued = max_queued
         self._changed = threading.Condition()
         self._inbox: deque[tuple[Ticket, bool]] = deque()  # True: cancel the ticket
@@ -297,7 +297,7 @@ class Service:
             RequestError: The prompt or an option cannot be used.
             QueueFullError: Too many requests are waiting.
             ServiceClosedError: The service has been closed, or is draining.
-            HotloopError: The engine has failed; the error of that failure.
+            HotloopError: The engine has failed; it is the error with which it failed.
         """
         return self.submit_all([prompt], params, salt=salt, clamp=clamp)
 
@@ -400,7 +400,7 @@ class Service:
                 raise self._error
             if self._closing:
                 raise ServiceClosedError
-            if self._n_jobs >= self._most:  # one request may be more than the queue holds
+            if self._n_jobs >= self._max_jobs:  # a request of several answers may exceed the limit
                 raise QueueFullError(self._max_queued)
             self._n_jobs += len(jobs)
             self._inbox.append((ticket, False))
@@ -443,6 +443,7 @@ class Service:
             return not self._ending
 
     def _take_inbox(self) -> None:
+        """Submits new requests to the scheduler, and cancels those that clients have cancelled."""
         woken: dict[Ticket, None] = {}
         while self._inbox:
             ticket, cancelled = self._inbox.popleft()
@@ -534,7 +535,7 @@ class Service:
         self._wake(tickets)
 
 
-def _n_given(job: Job) -> int:
+def _n_input_tokens(job: Job) -> int:
     return len(job.prompt_ids if isinstance(job, Request) else job.ids)
 
 
@@ -549,6 +550,7 @@ def _n_bytes(piece: Piece) -> int:
 
 
 def _is_first(piece: tuple[Job, Delta | None]) -> bool:
+    """Returns whether a piece has the first tokens of an answer."""
     job, delta = piece
     if delta is None or not isinstance(job, Request):
         return False

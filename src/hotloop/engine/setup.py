@@ -280,11 +280,11 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     config, scheme, head_scheme = _resolve_schemes(config, copy, stored)
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
     config = dataclasses.replace(config, draft=_canonical_draft(config.draft))
-    model_notes += _assumption_notes(stored)
+    model_notes += _layout_notes(stored)
     if copy is None:  # a copy of hotloop's is used as it is
         model_notes += requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
-    _check_assumption(config)
+    _check_assumed_acceptance(config)
     _check_permutations(config, model, schemes)
     dtype = _resolve_dtype(config, device)
     n_positions = _resolve_context(config, model, dtype)
@@ -369,7 +369,7 @@ def served_prefill_chunk(config: EngineConfig) -> int:
     return EXACT_CPU_CHUNK if on_cpu else MIN_PREFILL_CHUNK
 
 
-def _check_assumption(config: EngineConfig) -> None:
+def _check_assumed_acceptance(config: EngineConfig) -> None:
     """Refuses an assumed acceptance rate for real weights, whose answers it would change."""
     if config.assume_acceptance is None:
         return
@@ -716,8 +716,8 @@ def _resolve_schemes(
     return dataclasses.replace(config, quant=scheme.name, head=head), scheme, head_scheme
 
 
-def _assumption_notes(stored: Mapping[str, Recognized]) -> tuple[str, ...]:
-    """Returns notes on assumptions about matrices that their checkpoint does not describe fully."""
+def _layout_notes(stored: Mapping[str, Recognized]) -> tuple[str, ...]:
+    """Returns notes on layouts that are assumed, where a checkpoint does not describe them."""
     counts = Counter(each.layout.assumption for each in stored.values() if each.layout.assumption)
     return tuple(
         f"{n} {'matrix is' if n == 1 else 'matrices are'} {assumption}."

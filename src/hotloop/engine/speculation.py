@@ -67,7 +67,7 @@ class Drafter(ABC):
 
         Args:
             seat: The seat.
-            n_cached: Tokens at its beginning that it held before.
+            n_cached: The number of its first tokens that the seat already held (prefix reuse).
         """
 
     def copy(self, source: int, target: int, n: int) -> None:  # noqa: B027
@@ -167,8 +167,8 @@ class ModelDrafter(Drafter):
     ) -> None:
         self.forward, self.prefill, self.rows = forward, prefill, rows
         self.sampler, self._chunk = sampler.of_whole_vocabulary(), chunk
-        # By seat: all positions before this one are in the cache.
-        self._read: dict[int, int] = {}
+        # By seat: the draft model's cache holds all positions before this one.
+        self._cached_until: dict[int, int] = {}
         self._lagging: set[int] = set()  # seats with tokens to prefill before the newest two
 
     def propose(
@@ -191,43 +191,46 @@ class ModelDrafter(Drafter):
 
     def admit(self, seat: int, n_cached: int) -> None:
         """See ``Drafter``."""
-        self._read[seat] = min(self._read.get(seat, 0), n_cached)
+        self._cached_until[seat] = min(self._cached_until.get(seat, 0), n_cached)
         self._lagging.add(seat)
 
     def copy(self, source: int, target: int, n: int) -> None:
         """See ``Drafter``."""
-        self._read[target] = min(self._read.get(source, 0), n)
+        self._cached_until[target] = min(self._cached_until.get(source, 0), n)
 
     def skip(self, seats: Sequence[int]) -> None:
         """See ``Drafter``."""
         self._lagging.update(seats)
 
     def catch_up(self, step: Step) -> None:
-        """See ``Drafter``. It may include positions without a token, which are rewritten later.
+        """See ``Drafter``.
 
         A step prefills at most one chunk, which bounds the delay of the other rows. Until a
-        sequence has caught up, its drafts are accepted less often.
+        sequence has caught up, its drafts are accepted less often. The host does not know the
+        tokens of steps in flight, so it prefills up to the last position that they can reach; what
+        is written beyond the newest token is overwritten later.
         """
         room = self._chunk
         for row, position in step.known_positions.items():
             seat = step.seats[row]
             if seat in self._lagging:
-                start, end = self._read[seat], min(position + step.slack, self.rows.last + 1)
+                start = self._cached_until[seat]
+                end = min(position + step.slack, self.rows.last + 1)
                 stop = min(end, start + room)
                 if start < stop:
                     self.prefill(self.rows.history[row, start:stop], start, seat)
                     room -= stop - start
                 if stop < end:
-                    self._read[seat] = min(stop, position)
+                    self._cached_until[seat] = min(stop, position)
                     continue
                 self._lagging.remove(seat)
-            self._read[seat] = position
+            self._cached_until[seat] = position
 
 
-class SharedDrafter(Drafter):
-    """Broadcasts the drafts of a drafter on rank 0 to all ranks.
+class BroadcastDrafter(Drafter):
+    """Sends the drafts of a drafter on rank 0 to all ranks.
 
-    The broadcast is an all-reduce by maximum, to which the other ranks contribute -1.
+    It does so by an all-reduce of the maximum, to which the other ranks contribute -1.
 
     Args:
         drafter: The drafter, on rank 0; None on the other ranks.

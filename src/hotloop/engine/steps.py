@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from hotloop.engine.assumption import assume
+from hotloop.engine.simulated_acceptance import simulate_acceptance
 from hotloop.engine.chains import ChainEnd
 from hotloop.engine.constraints import Constraints, Drafts
 from hotloop.engine.core import Features, Step, StepKind, StepTimes, padded_rows
@@ -46,7 +46,7 @@ from hotloop.engine.speculation import Drafter
 
 Result = TypeVar("Result")
 
-SMALLEST_LENGTH = 256
+MIN_LENGTH = 256
 """The fewest cache positions that attention reads; above it, the number is a power of two."""
 
 Timestamps = Sequence[Any]
@@ -66,7 +66,18 @@ def step_times(timestamps: Timestamps) -> StepTimes:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """The key of a program: a CUDA graph is captured for each."""
+    """The key of a program: a CUDA graph is captured for each.
+
+    Attributes:
+        part: The part of a step that it runs; see ``Stepper._programs``.
+        n: Rows to compute.
+        k: Drafts of each.
+        first_seat: See ``Forward``.
+        length: See ``Forward``.
+        features: The features that the sampler needs.
+        n_steps: Steps that it runs.
+        drafter: The number of the drafter.
+    """
 
     part: Literal["draft", "step", "drafting steps", "forward", "choose"]
     n: int
@@ -79,7 +90,13 @@ class _Program:
 
 
 class _Inputs(NamedTuple):
-    """The drafts of a step [B, D], if any; its tokens, drafts included, and positions [B, T]."""
+    """The input of a step.
+
+    Attributes:
+        drafts: int64 [B, D]; None without drafts.
+        ids: int64 [B, T], the newest token of each row and its drafts.
+        positions: int64 [B, T], their positions.
+    """
 
     drafts: Tensor | None
     ids: Tensor
@@ -94,7 +111,7 @@ class Stepper:
         rows: The rows to advance.
         sampler: Samples tokens.
         constraints: The grammars of the rows.
-        drafters: Draft tokens; each step uses one drafter. Empty without speculative decoding.
+        drafters: The drafters, of which each step uses one; empty without speculative decoding.
         max_drafts: The most drafts in a step.
         verified: Numbers of drafts that programs verify, ascending: a chain that ends early is
             padded to one of them.
@@ -164,7 +181,7 @@ class Stepper:
             sampled, failures = self._sample(step, n, 0, reads, wanted)
             return sampled, None, failures
         drafts: Drafts = ()
-        n_made = self.n_programs
+        n_programs_before = self.n_programs
         timestamps = [self._timestamp()]
         for i, drafter in enumerate(self.drafters):
             if k == 0 or i != step.drafter:
@@ -178,7 +195,8 @@ class Stepper:
             if step.n_steps > 1:
                 sampled = self._run(*programs["drafting steps"])
                 timestamps += [timestamps[-1], self._timestamp()]  # its parts are not timed
-                return sampled, timestamps if self.n_programs == n_made else None, {}
+                is_timed = self.n_programs == n_programs_before
+                return sampled, timestamps if is_timed else None, {}
             on_host = self._device.type == "cpu" and self._graphs is None
             self._run(*programs["draft"])
             if wanted.constrain:
@@ -194,7 +212,8 @@ class Stepper:
         timestamps.append(self._timestamp())
         sampled, failures = self._sample(step, n, k, reads, wanted, drafts)
         timestamps.append(self._timestamp())
-        return sampled, timestamps if self.n_programs == n_made else None, failures
+        is_timed = self.n_programs == n_programs_before
+        return sampled, timestamps if is_timed else None, failures
 
     def _make(
         self,
@@ -296,7 +315,7 @@ class Stepper:
         """Returns the number of cache positions that a step reads for ``longest``."""
         if self.indexes_seats:
             return self.n_positions
-        length = max(SMALLEST_LENGTH, 1 << (longest - 1).bit_length())
+        length = max(MIN_LENGTH, 1 << (longest - 1).bit_length())
         return min(length, self.n_positions)
 
     def _first_seat(self, seats: tuple[int, ...]) -> int | None:
@@ -311,6 +330,7 @@ class Stepper:
         return first
 
     def _draft(self, program: _Program) -> None:
+        """Drafts k tokens for each row, into ``_drafts``; -1 for rows that get none."""
         n, k = program.n, program.k
         drafts = self.drafters[program.drafter].propose(
             n,
@@ -335,6 +355,7 @@ class Stepper:
         return Sampled.joined(steps)
 
     def _model(self, program: _Program) -> Sampled:
+        """Runs the model on the newest tokens and their drafts, samples, and accepts."""
         inputs = self._inputs(program)
         logits_BTV, best_BT = self._forward(program, inputs)
         return self._accept(program, inputs, logits_BTV, best_BT=best_BT)
@@ -360,10 +381,12 @@ class Stepper:
         return torch.empty(n_rows, V, dtype=torch.float32, device=self._device)
 
     def _keep_logits(self, program: _Program) -> None:
+        """Runs the model and keeps its logits for ``_choose``."""
         logits_BTV, _ = self._forward(program, self._inputs(program))
         self._logits[: program.n * (program.k + 1)] = logits_BTV.flatten(0, 1)
 
     def _choose(self, program: _Program) -> Sampled:
+        """Samples from the kept logits under the grammars' masks, and accepts."""
         n, T = program.n, program.k + 1
         logits_BTV = self._logits[: n * T].view(n, T, -1)
         masks_BTW = self.constraints.masks(n, T)
@@ -386,14 +409,15 @@ class Stepper:
         )
         ids = sampled.ids
         if drafts_BD is not None and self.assumed_acceptance is not None:
-            ids = assume(ids, drafts_BD, ids_BT, positions_BT, self.assumed_acceptance)
+            ids = simulate_acceptance(ids, drafts_BD, ids_BT, positions_BT, self.assumed_acceptance)
         n_kept_B, n_drafts_B = self.rows.accept(ids, drafts_BD)
         sampled = dataclasses.replace(sampled, ids=ids, n_kept=n_kept_B, n_drafts=n_drafts_B)
         if features.adjust:
-            self.sampler.remember(ids, 0, n_kept_B)
+            self.sampler.update_penalties(ids, 0, n_kept_B)
         return sampled
 
     def _run(self, program: _Program, run: Callable[[_Program], Result]) -> Result:
+        """Runs a program: its CUDA graph if programs are captured, else ``run``."""
         if self._graphs is None:
             self._ran.add(program)
             return run(program)
@@ -402,7 +426,7 @@ class Stepper:
     @property
     def _state(self) -> Sequence[Tensor]:
         """The tensors that programs change, except those that every step writes anew."""
-        return (self.rows.history, self.rows.positions, *self.sampler.memory)
+        return (self.rows.history, self.rows.positions, *self.sampler.penalty_state)
 
     @property
     def n_programs(self) -> int:

@@ -44,14 +44,14 @@ class VocabularyShard:
     def __init__(self, shares: Sequence[range], n_tokens: int, group: Group) -> None:
         self.shares, self.n_tokens, self.group = shares, n_tokens, group
         self.rows = rows = shares[group.rank]
-        self._padding_alone = rows.start >= n_tokens
-        stop = rows.start + 1 if self._padding_alone else min(rows.stop, n_tokens)
+        self._is_padding_only = rows.start >= n_tokens
+        stop = rows.start + 1 if self._is_padding_only else min(rows.stop, n_tokens)
         self.ids = range(rows.start, stop)
 
     def selectable(self, x: Tensor) -> Tensor:
         """Selects ``ids`` of logits [..., rows]; minus infinity if the shard has only padding."""
         mine = x[..., : len(self.ids)]
-        return torch.full_like(mine, -torch.inf) if self._padding_alone else mine
+        return torch.full_like(mine, -torch.inf) if self._is_padding_only else mine
 
     def masked(self, x: Tensor, bits: Tensor) -> Tensor:
         """Sets ids whose bit is zero to minus infinity.
@@ -60,7 +60,7 @@ class VocabularyShard:
             x: Values of ``ids``, [..., V].
             bits: For each id of the whole vocabulary, and perhaps more, [..., at least n_tokens].
         """
-        if self._padding_alone:
+        if self._is_padding_only:
             return x
         return x.masked_fill(bits[..., self.ids.start : self.ids.stop] == 0, -torch.inf)
 
@@ -69,7 +69,10 @@ class VocabularyShard:
         return self.group.max(x.amax(dim=-1, keepdim=True))
 
     def argmax(self, x: Tensor) -> Tensor:
-        """Returns the smallest id of the maximum over all ranks' values [..., V]."""
+        """Returns the id of the maximum over all ranks' values [..., V], int64 [...].
+
+        Of equal maxima it is the smallest id.
+        """
         return self._largest(x)[1]
 
     def finite_argmax(self, logits: Tensor) -> Tensor:
@@ -78,6 +81,7 @@ class VocabularyShard:
         return best.where(value.abs() < torch.inf, -1)
 
     def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the maximum over all ranks' values [..., V], and its smallest id, each [...]."""
         value, best = x.max(dim=-1)  # NaN if any value is NaN
         if self.group.size == 1:
             return value, best
@@ -107,7 +111,7 @@ class VocabularyShard:
             ids: Token ids of the candidates, int64 [..., K].
         """
         n = len(self.ids)
-        index = (ids - self.ids.start).clamp(-1, n) % (n + 1)  # n, a dummy, for ids of other ranks
+        index = (ids - self.ids.start).clamp(-1, n) % (n + 1)  # n, dropped, for ids of other ranks
         scattered = mask.new_zeros(*mask.shape[:-1], n + 1).scatter_(-1, index, mask)
         return scattered[..., :n]
 

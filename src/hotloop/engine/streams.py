@@ -21,11 +21,11 @@ Piece = tuple[Job, Delta | None]
 
 
 class Stream:
-    """Jobs that are cancelled together, and their pieces that have not been taken.
+    """Jobs that are submitted by one call and cancelled together, and pieces not yet returned.
 
     Attributes:
         jobs: Its jobs that have not ended.
-        pieces: The pieces.
+        pieces: Pieces of its jobs that ``Streams.next`` has not returned.
         error: The error that ended it early; None if there was none.
     """
 
@@ -36,29 +36,30 @@ class Stream:
 
     @property
     def ready(self) -> bool:
-        """Whether ``Turns.next`` can return without running an iteration of the scheduler."""
+        """Whether ``Streams.next`` can return without running an iteration of the scheduler."""
         return bool(self.pieces) or not self.jobs or self.error is not None
 
 
-class Turns:
-    """Lets one stream at a time use a scheduler.
+class Streams:
+    """The streams of a scheduler, and the lock by which one thread at a time uses the scheduler.
 
     Args:
         scheduler: The scheduler.
 
     Attributes:
-        held: A service has the scheduler, and streams cannot be opened.
+        held: A service uses the scheduler alone, so no stream can be opened.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.held = False
-        self._turn_ended = threading.Condition()
-        self._taken = False
-        self._streams: dict[Job, Stream] = {}
-        # Streams that the garbage collector ended. It can run at any point of any thread, so it
-        # only appends here; the thread that has the scheduler cancels their jobs.
-        self._left: deque[Stream] = deque()
+        self._released = threading.Condition()
+        self._acquired = False
+        self._stream_of: dict[Job, Stream] = {}
+        # Closed streams whose jobs are still to be cancelled. The garbage collector can close a
+        # stream at any point of any thread, even of the one that has the scheduler. So closing only
+        # appends here, and the thread that has the scheduler cancels the jobs.
+        self._closed: deque[Stream] = deque()
 
     @contextmanager
     def hold(self) -> Generator[None]:
@@ -69,7 +70,7 @@ class Turns:
         """
         with self.exclusive():
             self.check_not_held()
-            if self._streams:
+            if self._stream_of:
                 raise RequestError(
                     "this engine is in the middle of a stream: exhaust or close the stream before "
                     "the engine is served."
@@ -93,7 +94,7 @@ class Turns:
             )
 
     def open(self, jobs: Sequence[Job]) -> Stream:
-        """Submits jobs.
+        """Submits jobs, and returns their stream.
 
         Raises:
             RequestError: A service has the scheduler.
@@ -106,7 +107,7 @@ class Turns:
         return stream
 
     def add(self, stream: Stream, job: Job) -> None:
-        """Submits another job to a stream that has not been abandoned.
+        """Submits another job to a stream that has not been closed.
 
         Raises:
             RequestError: A service has the scheduler.
@@ -120,7 +121,7 @@ class Turns:
 
     def _submit(self, stream: Stream, job: Job) -> None:
         stream.jobs[job] = None
-        self._streams[job] = stream
+        self._stream_of[job] = stream
         self.scheduler.submit(job)
 
     def next(self, stream: Stream) -> Piece | None:
@@ -130,26 +131,26 @@ class Turns:
             Exception: The device side has failed, in an iteration of any stream.
         """
         while not stream.ready:
-            if self._take(stream):
+            if self._acquire(stream):
                 try:
                     self._iterate()
                 finally:
-                    self._give_back()
+                    self._release()
         if stream.pieces:
             return stream.pieces.popleft()
         if stream.error is not None:
             raise stream.error
         return None
 
-    def leave(self, stream: Stream) -> None:
-        """Cancels the jobs of a stream that have not ended. It does not wait."""
+    def close(self, stream: Stream) -> None:
+        """Cancels the jobs of a stream that have not ended, without waiting."""
         if stream.jobs:
-            self._left.append(stream)
-            self._cancel_left()
+            self._closed.append(stream)
+            self._cancel_closed()
 
     def fail(self, error: Exception) -> None:
         """Ends all streams with an error. The caller must hold the scheduler (``exclusive``)."""
-        streams = dict.fromkeys(self._streams.values())
+        streams = dict.fromkeys(self._stream_of.values())
         self._cancel(streams)
         for stream in streams:
             stream.error = error
@@ -157,57 +158,58 @@ class Turns:
     @contextmanager
     def exclusive(self) -> Generator[None]:
         """Acquires the scheduler for the ``with`` block, when no stream or service uses it."""
-        self._take()
+        self._acquire()
         try:
             yield
         finally:
-            self._give_back()
+            self._release()
 
     def _iterate(self) -> None:
+        """Runs an iteration of the scheduler, and gives each stream its pieces."""
         try:
             pieces = self.scheduler.iterate()
         except Exception as error:
             self.fail(error)
             return
         for job, piece in pieces:
-            stream = self._streams[job]
+            stream = self._stream_of[job]
             stream.pieces.append((job, piece))
             if job.ended:
                 del stream.jobs[job]
-                del self._streams[job]
+                del self._stream_of[job]
 
-    def _take(self, stream: Stream | None = None) -> bool:
+    def _acquire(self, stream: Stream | None = None) -> bool:
         """Waits for the scheduler and acquires it; False if the stream is ready first."""
-        with self._turn_ended:
-            while self._taken and not (stream is not None and stream.ready):
-                self._turn_ended.wait()
+        with self._released:
+            while self._acquired and not (stream is not None and stream.ready):
+                self._released.wait()
             if stream is not None and stream.ready:
                 return False
-            self._taken = True
+            self._acquired = True
             return True
 
-    def _give_back(self) -> None:
-        with self._turn_ended:
-            self._taken = False
-            self._turn_ended.notify_all()
-        self._cancel_left()
+    def _release(self) -> None:
+        with self._released:
+            self._acquired = False
+            self._released.notify_all()
+        self._cancel_closed()
 
-    def _cancel_left(self) -> None:
-        """Cancels abandoned streams; if a thread has the scheduler, that thread does it."""
-        while self._left:
-            with self._turn_ended:
-                if self._taken:
+    def _cancel_closed(self) -> None:
+        """Cancels the jobs of closed streams; if a thread has the scheduler, that thread does."""
+        while self._closed:
+            with self._released:
+                if self._acquired:
                     return
-                self._taken = True
-            while self._left:
-                self._cancel([self._left.popleft()])
-            with self._turn_ended:
-                self._taken = False
-                self._turn_ended.notify_all()
+                self._acquired = True
+            while self._closed:
+                self._cancel([self._closed.popleft()])
+            with self._released:
+                self._acquired = False
+                self._released.notify_all()
 
     def _cancel(self, streams: Iterable[Stream]) -> None:
         for stream in streams:
             for job in stream.jobs:
                 self.scheduler.cancel(job)
-                self._streams.pop(job, None)
+                self._stream_of.pop(job, None)
             stream.jobs.clear()

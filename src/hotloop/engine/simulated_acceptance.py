@@ -1,10 +1,11 @@
-"""Simulates an acceptance rate of drafts, to time speculative decoding with random weights.
+"""Simulates an acceptance rate, to time speculative decoding with random weights.
 
-With random weights the model would accept almost no draft. Here a hash of a draft's position and of
-the newest token decides whether the draft is accepted, so all ranks decide alike and every text has
-decisions of its own. Another hash decides which probability the drafter seems to give the draft,
-since the probabilities of a real drafter differ from draft to draft. The draft is accepted with
-that probability, so that chains of drafts end early where they should (``chains``).
+With random weights the model would accept almost no draft. So the step replaces its sampled tokens:
+by the draft where the draft is to be accepted, and by another token where it is not. Each draft is
+assumed to have one of two acceptance probabilities, a high one or a low one, since those of a real
+drafter differ from draft to draft. A hash of the draft's position and of the newest token decides
+which of them, and another hash decides by that probability whether the draft is accepted. So all
+ranks decide alike, and chains of drafts end early where the probabilities are low (``chains``).
 
 Shape letters: B rows, T positions of each, D drafts.
 """
@@ -22,30 +23,30 @@ def assumed_probability(positions_BD: Tensor, newest_B1: Tensor, rate: float) ->
 
     Args:
         positions_BD: int64, the drafts' positions.
-        newest_B1: int64, the newest token before the drafts of each row.
-        rate: The assumed acceptance rate.
+        newest_B1: int64, the newest token of each row, which the first draft follows.
+        rate: The acceptance rate to simulate, from 0 to 1.
     """
     is_likely_BD = _uniform(positions_BD, newest_B1, 0x27D4EB2F) < rate
     return torch.where(is_likely_BD, (3 + rate) / 4, rate / 4).float()
 
 
-def assume(
-    ids_BT: Tensor, drafts_BD: Tensor, after_BT: Tensor, positions_BT: Tensor, rate: float
+def simulate_acceptance(
+    ids_BT: Tensor, drafts_BD: Tensor, input_BT: Tensor, positions_BT: Tensor, rate: float
 ) -> Tensor:
     """Replaces sampled tokens so that each draft is accepted with its assumed probability.
 
     Args:
         ids_BT: int64, the sampled tokens.
         drafts_BD: int64, negative for none.
-        after_BT: int64, the input of the step: the newest token and the drafts of each row.
-        positions_BT: int64, their positions.
-        rate: The assumed acceptance rate.
+        input_BT: int64, the input of the step: the newest token and the drafts of each row.
+        positions_BT: int64, the positions of ``input_BT``.
+        rate: The acceptance rate to simulate, from 0 to 1.
 
     Returns:
-        int64 [B, T].
+        The tokens to keep instead of ``ids_BT``, int64 [B, T].
     """
-    where = positions_BT[:, 1:], after_BT[:, :1]
-    kept_BD = _uniform(*where) < assumed_probability(*where, rate)
+    hashed = positions_BT[:, 1:], input_BT[:, :1]
+    kept_BD = _uniform(*hashed) < assumed_probability(*hashed, rate)
     sampled_BD = ids_BT[:, :-1]
     other_BD = torch.where(sampled_BD == drafts_BD, (drafts_BD - 1).abs(), sampled_BD)
     kept_BD = kept_BD & (drafts_BD >= 0) & (sampled_BD >= 0)
