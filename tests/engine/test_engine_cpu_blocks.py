@@ -111,7 +111,7 @@ def test_positions_and_seats_outside_the_cache_are_refused():
     x, norm = torch.ones(1, 1, K, dtype=torch.bfloat16), torch.ones(K, dtype=torch.bfloat16)
     qkv, o = torch.ones(3 * E, K).bfloat16(), torch.ones(K, E).bfloat16()
     tables, caches = torch.ones(2, 1, 1, E), torch.zeros(2, 3, 1, 8, E, dtype=torch.bfloat16)
-    attend = torch.ops.hotloop_cpu.attention_half
+    attend = torch.ops.hotloop_cpu.attention_sublayer
     for seat, position, fits in ((2, 7, True), (3, 7, False), (2, 8, False), (-1, 0, False)):
         where = torch.tensor([seat]), torch.tensor([[position]])
         arguments = (

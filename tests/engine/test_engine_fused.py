@@ -206,7 +206,7 @@ def positions_from(*first: int, T: int) -> Tensor:
 )
 @torch.inference_mode()
 def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, quant, monkeypatch):
-    monkeypatch.setattr("hotloop.engine.prompt.SHORT_PROMPT", 0)
+    monkeypatch.setattr("hotloop.engine.prompt.MAX_PASS_PREFILL_TOKENS", 0)
     architecture, changes = MODELS[name]
     whole_groups = {"hidden_size": 128, "intermediate_size": 128}
     sizes = whole_groups if quant in ("int4-g128", "int4-g64-asym", *STORED, *MIXED) else {}
@@ -607,7 +607,7 @@ def test_greedy_tokens_agree_with_the_plain_engine_to_the_top_two(engine):
 def test_a_prompt_gives_the_same_by_steps_and_by_many_rows(engine, monkeypatch):
     found = []
     for short in (0, 64):
-        monkeypatch.setattr("hotloop.engine.prompt.SHORT_PROMPT", short)
+        monkeypatch.setattr("hotloop.engine.prompt.MAX_PASS_PREFILL_TOKENS", short)
         found.append(engine(quant="int4-g32").generate(list(PROMPTS), FREELY))
     for one, other in zip(*found, strict=True):
         here, there = (dict(g.logprobs[0].top) for g in (one, other))
@@ -617,7 +617,7 @@ def test_a_prompt_gives_the_same_by_steps_and_by_many_rows(engine, monkeypatch):
 
 
 def test_what_other_prompts_left_behind_changes_nothing(engine, monkeypatch):
-    monkeypatch.setattr("hotloop.engine.prompt.SHORT_PROMPT", 0)
+    monkeypatch.setattr("hotloop.engine.prompt.MAX_PASS_PREFILL_TOKENS", 0)
     llm, prompts = engine(), list(PROMPTS)
     assert answers(llm, prompts[::-1])[::-1] == answers(llm, prompts)
 
@@ -645,7 +645,7 @@ def test_short_prompts_share_steps_and_have_the_bits_of_each_alone(engine, monke
     assert answers(together, prompts) == expected
     assert admitted == [4]
 
-    steps = together._runner._model._prompt._steps
+    steps = together._runner._model._fused_prefill._passes
 
     class Replay:
         """Runs what a GPU would replay."""

@@ -280,8 +280,8 @@ def test_a_long_prompt_is_seen_to_its_beginning(quant: str, large: Path) -> None
 def test_a_captured_prompt_gives_what_launches_one_by_one_gave(quant: str, large: Path) -> None:
     prompts = [[2 + (i * i + n) % 290 for i in range(n)] for n in (70, 128, 120, 500, 1000)]
     llm = LLM(str(large), execution="fused", device="cuda", quant=quant, max_batch_size=2)
-    assert llm._runner._model._prompt is not None
-    prefill = llm._runner._model._prompt._gemm
+    assert llm._runner._model._fused_prefill is not None
+    prefill = llm._runner._model._fused_prefill._gemm
     assert len(prefill._captured) == 8, "every multiple of 64 up to 512, before the first request"
     found = [answers(llm, [prompt])[0] for prompt in prompts]
     assert answers(llm, prompts) == found, "in any seat, and behind other prompts"
@@ -295,7 +295,7 @@ def test_captured_later_chunks_give_what_launches_one_by_one_gave(quant: str, la
     prompts = [[2 + (i * i + n) % 290 for i in range(n)] for n in (576, 512, 384, 1000)]
     options = {"quant": quant, "max_batch_size": 2, "prefill_chunk": 192, "max_seq_len": 1100}
     llm = LLM(str(large), execution="fused", device="cuda", **options)
-    prefill = llm._runner._model._prompt._gemm
+    prefill = llm._runner._model._fused_prefill._gemm
     assert len(prefill._captured_later) == len(prefill._captured) == 3
     found = [answers(llm, [prompt])[0] for prompt in prompts]
     assert answers(llm, prompts) == found, "in any seat, and behind other prompts"

@@ -1,8 +1,12 @@
 """Runs a block of the decoder as two operators, in eager steps on a CPU.
 
 A step of a small model is hundreds of operators of some microseconds each, and calling one takes as
-long. Attention and feed-forward, each from its norm to before its all-reduce, are therefore one
-operator each (``kernels.cpu``). Their results equal those of ``Block.forward`` bit for bit.
+long. Attention and feed-forward, the two *sublayers* of a block, are therefore one operator each
+(``kernels.cpu``), from its norm to before its all-reduce. Their results equal those of
+``Block.forward`` bit for bit.
+
+Shape letters: B sequences, T tokens of each, D model width, J key/value heads, E head dimension, S
+seats, C cache positions.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ class CpuBlocks:
 
 
 def _attention(module: SelfAttention) -> Callable[..., Tensor]:
-    operator = torch.ops.hotloop_cpu.attention_half.default
+    """Returns the operator of a block's attention, with its weights bound."""
+    operator = torch.ops.hotloop_cpu.attention_sublayer.default
     norm, eps = module.norm.weight, module.norm.eps
     qkv, o = _weight(module.qkv_proj), _weight(module.o_proj)
     norms = (module.q_norm, module.k_norm)
@@ -68,14 +73,15 @@ def _attention(module: SelfAttention) -> Callable[..., Tensor]:
         positions_BT: Tensor,
     ) -> Tensor:
         tables, caches = (cos_BTE, sin_BTE), (keys_SJCE, values_SJCE)
-        where = (seats_B, positions_BT, window, scale)
-        return operator(x_BTD, norm, eps, *qkv, *head_norms, *tables, *caches, *where, *o)
+        rest = (seats_B, positions_BT, window, scale)
+        return operator(x_BTD, norm, eps, *qkv, *head_norms, *tables, *caches, *rest, *o)
 
     return attention
 
 
 def _feed_forward(module: FeedForward) -> Callable[[Tensor], Tensor]:
-    operator = torch.ops.hotloop_cpu.feed_forward_half.default
+    """Returns the operator of a block's feed-forward, with its weights bound."""
+    operator = torch.ops.hotloop_cpu.feed_forward_sublayer.default
     norm, eps = module.norm.weight, module.norm.eps
     gate_up, down = _weight(module.gate_up_proj), _weight(module.down_proj)
     return lambda x_BTD: operator(x_BTD, norm, eps, *gate_up, *down)
@@ -86,6 +92,7 @@ def _weight(linear: Linear) -> Weight:
 
 
 def _on_cpu_kernels(block: Block) -> bool:
+    """Returns whether the operators support a block: CPU kernels for all of it, and SwiGLU."""
     ours = all(map(_is_ours, (linear.kernel for linear in block.linears.values())))
     is_swiglu = block.config.feed_forward.activation == "silu"
     return ours and is_swiglu and block.attention.kernel is cpu_attention

@@ -30,7 +30,7 @@ _CPU_OPTIONS: _Options = {"cpp.threads": 1, "size_asserts": False}
 their own threads."""
 
 _CUDA_OPTIONS: tuple[_Options, _Options] = ({"coordinate_descent_tuning": True}, {})
-"""Options for one token of each sequence, and for several.
+"""Options of Inductor for steps with one token of each sequence, and with several.
 
 Tuning compiles and times many variants of each kernel during warm-up. It pays with one row only:
 there Inductor generates the GEMVs itself.
@@ -55,15 +55,15 @@ class Forward(Protocol):
         """Computes logits [B, T, V] of tokens, with the KV cache.
 
         Args:
-            ids_BT: The tokens.
-            positions_BT: Their positions.
-            seats_B: The seats of their sequences; see ``Decoder.forward``.
+            ids_BT: int64, the tokens.
+            positions_BT: int64, their positions.
+            seats_B: int64, the seats of their sequences; see ``Decoder.forward``.
             first_seat: See ``Decoder.forward``.
             length: A number above every position.
 
         Returns:
-            The logits, and their argmax [B, T] over the ids that can be selected; None if the
-            forward does not compute it.
+            The logits, float32, and their argmax, int64 [B, T], over the ids that can be selected;
+            None instead of the argmax if the forward does not compute it.
         """
         ...
 
@@ -80,7 +80,7 @@ class TorchForward:
         decoder: The model.
         cache: Its cache.
         compiled: Compile with torch.compile.
-        by_parts: Compile parts, not the whole.
+        by_parts: Compile the decoder's parts (embedding, blocks, head) separately, not the whole.
         device: The device of the model.
         n_layers: Number of first layers to run; None runs all.
     """
@@ -95,7 +95,9 @@ class TorchForward:
         device: torch.device,
         n_layers: int | None = None,
     ) -> None:
-        def through(run: Run) -> Callable[[Tensor, Tensor, Tensor, int | None, int], Tensor]:
+        def logits_with(run: Run) -> Callable[[Tensor, Tensor, Tensor, int | None, int], Tensor]:
+            """Returns the function from tokens to logits whose parts ``run`` calls."""
+
             def logits(
                 ids_BT: Tensor,
                 positions_BT: Tensor,
@@ -118,16 +120,17 @@ class TorchForward:
             return logits
 
         if not compiled:
-            self._one = self._several = through(eager_run(decoder))
+            self._single_token = self._several_tokens = logits_with(eager_run(decoder))
             return
         # By default, artifacts go to a temporary directory, which a reboot may empty.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(writable_cache_dir() / "inductor"))
-        one, several = _CUDA_OPTIONS if device.type == "cuda" else (_CPU_OPTIONS, _CPU_OPTIONS)
+        single, several = _CUDA_OPTIONS if device.type == "cuda" else (_CPU_OPTIONS, _CPU_OPTIONS)
         if by_parts:
-            self._one, self._several = through(_Parts(one)), through(_Parts(several))
+            self._single_token = logits_with(_Parts(single))
+            self._several_tokens = logits_with(_Parts(several))
         else:
-            self._one = _compiled(through(_nested), one)
-            self._several = _compiled(through(_nested), several)
+            self._single_token = _compiled(logits_with(_nested), single)
+            self._several_tokens = _compiled(logits_with(_nested), several)
 
     def __call__(
         self,
@@ -139,7 +142,7 @@ class TorchForward:
         length: int,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``Forward``."""
-        logits = self._one if ids_BT.shape[1] == 1 else self._several
+        logits = self._single_token if ids_BT.shape[1] == 1 else self._several_tokens
         return logits(ids_BT, positions_BT, seats_B, first_seat, length), None
 
 

@@ -5,7 +5,9 @@ tokens are captured in CUDA graphs: the host takes longer to launch their kernel
 run them, which would delay the decode steps of other requests. The decoder (``models.decoder``) is
 the specification.
 
-Shape letters: T tokens of one sequence, D model width, K input features of a GEMM.
+Shape letters: T tokens of one sequence, D model width, K input and N output features of a GEMM, H
+query heads, J key/value heads, E head dimension, S seats, C cache positions of a seat, P positions
+in all seats (see ``_positions``).
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ from hotloop.models.decoder import Decoder, RMSNorm, SelfAttention
 from hotloop.models.linear import Linear
 from hotloop.types import MAX_PREFILL_CHUNK
 
-CAPTURED_TOKENS = 512
+MAX_CAPTURED_TOKENS = 512
 """The longest chunk that is captured. The GPU takes longer to run a longer chunk than the host to
 launch it."""
 
-CAPTURED_STEP = 64
+CAPTURE_MULTIPLE = 64
 """Captured chunks are padded to a multiple of this many tokens."""
 
-LAST_ROWS = CAPTURED_STEP
-"""Rows of a chunk that the last layer computes, except for keys and values. The last token is one
-of them, whether padding follows it or not."""
+LAST_ROWS = CAPTURE_MULTIPLE
+"""The number of last rows of a chunk that the last layer computes, except for keys and values. The
+last token is one of them, since a chunk has less padding than that."""
 
 CUDNN_LENGTHS = (256, 512, 768, *range(1024, MAX_PREFILL_CHUNK + 1, 1024))
 """Token counts of first chunks that cuDNN attention is planned for. A plan takes some 60 ms, so
@@ -78,10 +80,10 @@ class GemmPrefill:
     """Prefills one seat with GEMMs, one chunk a call.
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
-    chunks of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays of
-    CUDA graphs, which ``warm_up`` captures: one set for the first chunk of a prompt, and another
-    for later chunks, which begin at the position that a device scalar holds. A later chunk whose
-    padding would exceed the seat is launched kernel by kernel.
+    chunks of up to ``MAX_CAPTURED_TOKENS``, padded to a multiple of ``CAPTURE_MULTIPLE``, are
+    replays of CUDA graphs, which ``warm_up`` captures: one set for the first chunk of a prompt, and
+    another for later chunks, which begin at the position that a device scalar holds. A later chunk
+    whose padding would exceed the seat is launched kernel by kernel.
 
     Args:
         decoder: The model, or a rank's shard of it.
@@ -111,8 +113,8 @@ class GemmPrefill:
         self._seat, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
         self._row_range, self._key_range = torch.zeros(2, 2, dtype=torch.int32, device=self._device)
         self._layers = self._prepare()
-        most = min(CAPTURED_TOKENS, self._workspace.rows)
-        sizes = range(CAPTURED_STEP, most + CAPTURED_STEP, CAPTURED_STEP)
+        most = min(MAX_CAPTURED_TOKENS, self._workspace.rows)
+        sizes = range(CAPTURE_MULTIPLE, most + CAPTURE_MULTIPLE, CAPTURE_MULTIPLE)
         sizes = {min(n, most) for n in sizes}
         self._captured, self._captured_later = (PaddedGraphs(sizes, self._device) for _ in range(2))
         self.captures = self._device.type == "cuda" and not sharded
@@ -134,6 +136,7 @@ class GemmPrefill:
             rows = int(graphs.padded(T))
         else:
             self._run(ids_T, start)
+        # The last layer has moved the last rows to the beginning of the workspace.
         views, at = self._workspace.views(T), T - 1 - (rows - _last_rows(rows))
         last = slice(at, at + 1)
         down = self._reduced(self._blocks[-1].feed_forward.down_proj, views.part[last])
@@ -188,17 +191,20 @@ class GemmPrefill:
             self._sum(block.feed_forward.down_proj, views.part)
 
     def _sum(self, linear: Linear, part_TD: Tensor) -> None:
-        """Sums a GEMM's output over ranks, in place, if there are several."""
+        """Applies scale and bias to a GEMM's output, and sums it over ranks, in place.
+
+        With a single rank it does nothing: the next kernel applies them (see ``_reduced``).
+        """
         if self._sharded:
             y_TD = _gemm_output(linear, part_TD).with_scale_and_bias()
             part_TD.copy_(self._blocks[0].all_reduce(y_TD))
 
     def _reduced(self, linear: Linear, y: Tensor) -> GemmOutput:
-        """Returns the output that ``_sum`` left: over several ranks it includes scale and bias."""
+        """Returns a GEMM's output after ``_sum``, with the scale and bias still to be applied."""
         return GemmOutput(y=y) if self._sharded else _gemm_output(linear, y)
 
     def _attend(self, i: int, T: int, start: int, rows: int) -> Tensor:
-        """Computes attention [rows, H * E] of a chunk's last rows.
+        """Computes attention [rows, H * E] of the last ``rows`` of a chunk's T tokens.
 
         All rows of a first chunk attend to its own keys. Later chunks, fewer rows, and layers with
         a window attend to the seat in the cache, whose range of keys is read from the device.
@@ -229,15 +235,23 @@ class GemmPrefill:
         self,
         layer: SelfAttention,
         q_THE: Tensor,
-        keys_NJE: Tensor,
-        values_NJE: Tensor,
+        keys_PJE: Tensor,
+        values_PJE: Tensor,
         key_range: Tensor,
     ) -> Tensor:
-        """Computes causal flash attention [T, H * E]; the last query is at the last key."""
+        """Computes causal flash attention [T, H * E]; the last query is at the last key.
+
+        Args:
+            layer: The layer.
+            q_THE: Queries.
+            keys_PJE: Keys of all seats as one sequence; see ``_positions``.
+            values_PJE: Values, in the same way.
+            key_range: int32 [2], the range of keys to attend to, on the device.
+        """
         out_THE, *_ = torch.ops.aten._flash_attention_forward(
             q_THE,
-            keys_NJE,
-            values_NJE,
+            keys_PJE,
+            values_PJE,
             self._row_range,
             key_range,
             len(q_THE),
@@ -347,9 +361,10 @@ class GemmPrefill:
 
 
 def _last_rows(rows: int) -> int:
-    """Returns how many rows of a chunk the last layer computes.
+    """Returns how many last rows of a chunk of ``rows`` the last layer computes.
 
-    They are moved to the first rows of the workspace, which they must not overlap.
+    It is all of them unless the chunk is twice as long: they are moved to the first rows of the
+    workspace, which they must not overlap.
     """
     return LAST_ROWS if rows >= 2 * LAST_ROWS else rows
 
@@ -373,7 +388,7 @@ def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
 
 
 def _positions(seats_SJCE: Tensor) -> Tensor:
-    """Views all seats as one sequence [S * J * C, J, E], in which seat s begins at s * J * C.
+    """Views all seats as one sequence [P, J, E], in which seat s begins at s * J * C.
 
     Heads are C positions apart, so only the first C of a seat's J * C positions are valid.
     """

@@ -18,9 +18,9 @@ from hotloop.kernels.cuda.launch import checked, driver_bindings
 Result = TypeVar("Result")
 
 MAX_GRAPHS = 1536
-"""The most captured graphs. It exceeds the number of programs (``programs``) that a server of 32
-rows needs, with drafts and a context of 8,192 tokens in ``compile``, or any context in ``fused``.
-Each graph takes some megabytes."""
+"""The most captured graphs that are kept. It exceeds the number of programs (``programs``) that a
+server of 32 rows needs, with drafts and a context of 8,192 tokens in ``compile``, or any context in
+``fused``. Each graph takes some megabytes."""
 
 
 class Graphs:
@@ -141,13 +141,15 @@ class IfNodes:
         self._pool = torch.cuda.MemPool()
 
     def run(self, decide: Callable[[int | None], None], body: Callable[[], None]) -> None:
-        """Adds an IF node to the graph that is being captured; without one, runs its body.
+        """Adds an IF node to the graph that is being captured.
+
+        If no graph is being captured, it calls ``decide`` and runs the body unconditionally.
 
         Args:
             decide: Launches a kernel that sets the condition of the node with this handle; None if
-                there is no node. Neither that kernel nor the body may overlap with neighboring
-                kernels, since an IF node has no programmatic edges.
-            body: The work.
+                no graph is being captured. Neither that kernel nor the body may overlap with
+                neighboring kernels, since an IF node has no programmatic edges.
+            body: The conditional work.
 
         Raises:
             LaunchError: A call of the driver failed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hotloop.engine.prefill_workspace import bytes_per_row
 from hotloop.engine.programs import serving_steps
-from hotloop.engine.prompt import STEP_TOKENS, step_prompts
+from hotloop.engine.prompt import PASS_TOKENS, pass_prompts
 from hotloop.engine.setup import Setup, head_spec, linear_specs, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
@@ -34,7 +34,7 @@ def predict_memory(config: EngineConfig, *, served: bool = False) -> MemoryPlan:
     # Ranks on a CPU share its memory evenly; on GPUs each has its own.
     return MemoryPlan(
         weights_bytes=weights_bytes(setup),
-        draft_bytes=weights_bytes(setup) - _weights_bytes(setup),
+        draft_bytes=weights_bytes(setup) - _model_bytes(setup),
         cache_bytes=_cache_bytes(setup),
         workspace_bytes=_workspace_bytes(setup) + (_served_bytes(setup) if served else 0),
         device=str(setup.device),
@@ -71,16 +71,19 @@ def check_fits(setup: Setup) -> None:
 def weights_bytes(setup: Setup) -> int:
     """Counts the exact bytes of a rank's resident weights, with rope tables and a drafter."""
     drafts = sum(choose_linear(spec)[0].nbytes for spec in setup.draft_specs)
-    return sum(map(_weights_bytes, setup.models)) + drafts
+    return sum(map(_model_bytes, setup.model_setups)) + drafts
 
 
 def _cache_bytes(setup: Setup) -> int:
     """Counts the exact bytes of a rank's caches; a draft model's cache has the same seats."""
-    per_token = sum(each.local.kv_bytes_per_token(each.dtype.itemsize) for each in setup.models)
+    per_token = sum(
+        each.local.kv_bytes_per_token(each.dtype.itemsize) for each in setup.model_setups
+    )
     return setup.n_seats * setup.n_positions * per_token
 
 
-def _weights_bytes(setup: Setup) -> int:
+def _model_bytes(setup: Setup) -> int:
+    """Counts the exact bytes of a rank's weights and rope tables of one model."""
     model, itemsize = setup.local, setup.dtype.itemsize
 
     def packed(spec: LinearSpec) -> int:
@@ -90,13 +93,15 @@ def _weights_bytes(setup: Setup) -> int:
     specs = linear_specs(model, setup.schemes, setup.dtype, setup.device, fused=setup.fused)
     for _, matrix, pieces in specs:
         layers += sum(map(packed, pieces))
-        if matrix.bias and not (matrix.summed and setup.rank > 0):  # rank 0 adds it
+        # The bias of a matrix whose outputs are summed over ranks is added by rank 0 alone.
+        if matrix.bias and not (matrix.summed and setup.rank > 0):
             layers += itemsize * matrix.n
 
     def head(n: int) -> LinearSpec:
-        """Returns the spec of n rows of the head; a tied embedding has all rows."""
+        """Returns the spec of ``n`` rows of the head."""
         return head_spec(model, n, setup.schemes, setup.dtype, setup.device, fused=setup.fused)
 
+    # The embedding is whole on every rank, and the head a part.
     whole, part = head(model.vocab_size), head(len(setup.shard.vocabulary))
     kernel, tied = choose_linear(part)[0], model.tie_embeddings
     channelwise = whole.kind == "int8" and whole.format.is_per_channel(whole.k)
@@ -122,11 +127,12 @@ def _rows_bytes(setup: Setup) -> int:
 
 
 def _workspace_bytes(setup: Setup) -> int:
-    dequantized = [_dequantized_bytes(each) for each in setup.models]
+    """Bounds the bytes besides weights and caches: rows, activations, a dequantized matrix."""
+    dequantized = [_dequantized_bytes(each) for each in setup.model_setups]
     # With fused steps, every model keeps a buffer for its largest dequantized matrix.
     return (
         _rows_bytes(setup)
-        + max(map(_transient_bytes, setup.models))
+        + max(map(_transient_bytes, setup.model_setups))
         + (sum(dequantized) if setup.fused else max(dequantized))
     )
 
@@ -139,7 +145,7 @@ def _transient_bytes(setup: Setup) -> int:
     if setup.fused:  # no attention scores are stored, and only a step's rows have logits
         drafts = setup.config.draft_tokens if setup.draft else 0
         n_rows = setup.config.max_batch_size
-        step = max(STEP_TOKENS * step_prompts(n_rows), n_rows * (1 + drafts))
+        step = max(PASS_TOKENS * pass_prompts(n_rows), n_rows * (1 + drafts))
         return rows * bytes_per_row(model) + 2 * step * n_logits * _FLOAT32 + runtime
     widest = 4 * model.hidden_size + max(
         layer.feed_forward.intermediate_size + sum(m.n for m in layer.matrices if not m.summed)
@@ -153,7 +159,10 @@ def _transient_bytes(setup: Setup) -> int:
 
 
 def _dequantized_bytes(setup: Setup) -> int:
-    """Counts the bytes of the largest dequantized matrix; fused steps keep plain rows."""
+    """Counts the bytes of the largest dequantized matrix.
+
+    Matrices in plain rows are not dequantized in fused prefill.
+    """
     model = setup.local
     if setup.fused:
         specs = linear_specs(model, setup.schemes, setup.dtype, setup.device, fused=True)

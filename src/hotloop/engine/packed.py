@@ -30,7 +30,8 @@ class Loaded:
 
     Attributes:
         read_bytes: Bytes that were read from files; None for random weights.
-        read_s: Seconds that loading took, without writing to the cache.
+        read_s: Seconds that loading took, quantizing and packing included, without writing to the
+            cache.
         notes: Notes for readers of results.
     """
 
@@ -47,7 +48,7 @@ def load(
     *,
     draft_decoder: Decoder | None = None,
 ) -> Loaded:
-    """Assigns every weight of ``decoder``.
+    """Assigns every weight of ``decoder``, and of ``draft_decoder`` if there is one.
 
     Args:
         setup: The rank's setup.
@@ -116,7 +117,11 @@ def _load_from_source(
     on_layer: OnLayer | None,
     draft_decoder: Decoder | None,
 ) -> int | None:
-    """Returns the bytes that were read; None for random weights."""
+    """Assigns the weights from the checkpoint, or random ones.
+
+    Returns:
+        Bytes that were read from files; None for random weights.
+    """
     drafts = {} if draft_decoder is None or setup.draft is None else setup.draft.schemes
     checkpoint, importance = None, None
     source: Source
@@ -131,10 +136,10 @@ def _load_from_source(
                 setup.model,
                 setup.device,
                 drafts=drafts,
-                on_layer=_half(on_layer, 0),
+                on_layer=_progress_of_half(on_layer, 0),
             )
             if importance is not None:
-                on_layer = _half(on_layer, 1)
+                on_layer = _progress_of_half(on_layer, 1)
             source = CheckpointSource(
                 checkpoint,
                 setup.device,
@@ -170,8 +175,8 @@ def _load_from_source(
     return source.read_bytes if isinstance(source, CheckpointSource) else None
 
 
-def _half(on_layer: OnLayer | None, half: int) -> OnLayer | None:
-    """Counts layers as the second half of the work; calibration is the first half."""
+def _progress_of_half(on_layer: OnLayer | None, half: int) -> OnLayer | None:
+    """Reports the progress of a half of the work (0 is calibration, 1 loading) as that of both."""
     if on_layer is None:
         return None
     return lambda done, of: on_layer(half * of + done, 2 * of)
@@ -206,13 +211,13 @@ def _of_schemes(setup: Setup, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     }
 
 
-def _own_matrices(draft_decoder: Decoder, of: Decoder) -> nn.ModuleDict:
-    """Returns the matrices of a drafter that are not the model's, by names that tell them apart."""
+def _own_matrices(draft_decoder: Decoder, decoder: Decoder) -> nn.ModuleDict:
+    """Returns the matrices that a drafter does not share with the model, by unique names."""
     matrices = {
         f"{i} {name}": linear
         for i, block in enumerate(draft_decoder.blocks)
         for name, linear in block.linears.items()
     }
     return nn.ModuleDict(
-        matrices if draft_decoder.head is of.head else matrices | {"head": draft_decoder.head}
+        matrices if draft_decoder.head is decoder.head else matrices | {"head": draft_decoder.head}
     )

@@ -1,11 +1,12 @@
 """Prefill with the weights of the fused step.
 
-Short prompts run as decode steps of eight tokens, which cost little more than steps of one token,
-since both read the packed weights once. Several short prompts share these steps, because a row's
-bits do not depend on the other rows. Longer prompts run in chunks with GEMMs (``gemm_prefill``).
-The decoder (``models.decoder``) specifies both.
+Short prompts run as *eight-token passes*: decode steps with eight tokens of each sequence. Such a
+pass costs little more than a step with one token, since both read the packed weights once. Several
+short prompts share passes, because a row's bits do not depend on the other rows. Longer prompts run
+in chunks with GEMMs (``gemm_prefill``). The decoder (``models.decoder``) specifies both.
 
-Shape letters: B sequences, T tokens of each, D model width, V vocabulary.
+Shape letters: B sequences, T tokens of each, D model width, N tokens of all sequences, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ from hotloop.kernels.cuda.packing import Format
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 
-STEP_TOKENS = 8
-"""Tokens per sequence of a prefill step: it costs little more than a step of one token."""
+PASS_TOKENS = 8
+"""Tokens of each sequence in an eight-token pass."""
 
-SHORT_PROMPT = 64
-"""The longest prompt that may run as decode steps."""
+MAX_PASS_PREFILL_TOKENS = 64
+"""The longest prompt that may run as eight-token passes."""
 
-
-STEP_PROMPTS = 8
-"""The most prompts of a step. They have 64 rows, the most of one launch of a matrix product."""
+MAX_PASS_PROMPTS = 8
+"""The most prompts of a pass. They have 64 rows, the most of one launch of a matrix product."""
 
 
 class Chunk(NamedTuple):
@@ -56,22 +56,26 @@ Spans = Sequence[tuple[int, range]]
 """Parts of several chunks: the index of a chunk, and the range of its tokens."""
 
 
-def step_prompts(n: int) -> int:
-    """Returns how many of ``n`` prompts one step prefills."""
-    return min(STEP_PROMPTS, n)
+def pass_prompts(n: int) -> int:
+    """Returns how many of ``n`` prompts one pass prefills."""
+    return min(MAX_PASS_PROMPTS, n)
 
 
-def max_step_prefill_tokens(forms: Sequence[Format]) -> int:
-    """Returns the longest prompt that runs faster as decode steps than with GEMMs.
+def max_pass_prefill_tokens(forms: Sequence[Format]) -> int:
+    """Returns the longest prompt that runs faster as eight-token passes than with GEMMs.
 
-    A step reads the packed weight, and takes a tenth longer with eight tokens than with one. The
-    GEMMs take longer: dequantizing reads the packed weight and writes it in bfloat16, which the
-    GEMM reads again. Plain rows need no dequantizing.
+    It compares bytes of memory traffic. A pass reads the packed weight, and takes a tenth longer
+    than a step with one token. For a GEMM, the packed weight is read and written in bfloat16 (two
+    bytes per element), which the GEMM reads again. Plain rows need no dequantizing.
+
+    Args:
+        forms: The packed formats of the pieces of a typical weight.
     """
-    nbytes = sum(form.nbytes for form in forms)
-    dequantized = sum(form.n * form.k for form in forms if not form.plain_rows)
-    read = nbytes + 4 * dequantized if dequantized else nbytes
-    return min(SHORT_PROMPT, STEP_TOKENS * max(1, int(read / (1.1 * nbytes))))
+    packed_bytes = sum(form.nbytes for form in forms)
+    n_dequantized = sum(form.n * form.k for form in forms if not form.plain_rows)
+    gemm_bytes = packed_bytes + (2 + 2) * n_dequantized
+    n_passes = max(1, int(gemm_bytes / (1.1 * packed_bytes)))
+    return min(MAX_PASS_PREFILL_TOKENS, PASS_TOKENS * n_passes)
 
 
 def split_tokens(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
@@ -81,14 +85,14 @@ def split_tokens(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, 
         yield chunk, torch.arange(start + chunk.start, start + chunk.stop, device=ids_T.device)
 
 
-class StepPrefill:
-    """Prefills seats by decode steps of a few tokens of each: on a GPU, replays of CUDA graphs.
+class EightTokenPasses:
+    """Prefills seats by eight-token passes: on a GPU, replays of CUDA graphs.
 
     Args:
         forward: The fused step.
         device: The device of the model.
-        n_prompts: The most sequences.
-        scratch: A seat that no sequence uses, for the unused rows of a captured step.
+        n_prompts: The most sequences of a pass.
+        scratch: A seat that no sequence uses, for the unused rows of a captured pass.
     """
 
     def __init__(
@@ -97,14 +101,15 @@ class StepPrefill:
         self._forward, self._device = forward, device
         self._n_prompts, self._scratch = n_prompts, scratch
         # Seat, position and ids of each sequence.
-        self._inputs = torch.zeros(n_prompts, 2 + STEP_TOKENS, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(n_prompts, 2 + PASS_TOKENS, dtype=torch.int64, device=device)
         self._captured: dict[int, tuple[Any, Tensor]] = {}
 
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Computes logits [B, T, V] of up to ``STEP_TOKENS`` tokens of each chunk.
+        """Computes logits [B, T, V] of chunks of up to T = ``PASS_TOKENS`` tokens.
 
-        The result is valid until the next call. Padding tokens write cache positions that later
-        tokens overwrite before any read, and never beyond the seat's end.
+        The result is valid until the next call; logits after a shorter chunk's end are undefined.
+        Padding tokens write cache positions that later tokens overwrite before any read, and never
+        beyond the seat's end.
         """
         n = len(chunks)
         B = padded_rows(n, self._n_prompts) if self._captured else n
@@ -141,7 +146,7 @@ class StepPrefill:
 
 
 class FusedPrefill:
-    """Prefills seats, with decode steps for short prompts and GEMMs for longer ones.
+    """Prefills seats, with eight-token passes for short prompts and GEMMs for longer ones.
 
     Args:
         forward: The fused step.
@@ -169,16 +174,18 @@ class FusedPrefill:
         n_prompts: int = 1,
     ) -> None:
         self._forward = forward
-        n_prompts, scratch = step_prompts(n_prompts), cache.n_seats - 1
-        self._steps = StepPrefill(forward, decoder.device, n_prompts=n_prompts, scratch=scratch)
+        n_prompts, scratch = pass_prompts(n_prompts), cache.n_seats - 1
+        self._passes = EightTokenPasses(
+            forward, decoder.device, n_prompts=n_prompts, scratch=scratch
+        )
         self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, sharded=sharded)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
-        longest = max_step_prefill_tokens(fused_forms(gate_up))
+        longest = max_pass_prefill_tokens(fused_forms(gate_up))
         self.prefill_batching = PrefillBatching(
             max_prompts=n_prompts,
             max_prompt_tokens=longest,
             max_tokens=n_prompts * longest,
-            max_forward_tokens=STEP_TOKENS,
+            max_forward_tokens=PASS_TOKENS,
         )
         self.score_batching = ScoreBatching(
             chunk=chunk, max_windows=n_prompts, max_tokens=n_prompts * chunk
@@ -186,7 +193,7 @@ class FusedPrefill:
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms up libraries; overwrites seat 0."""
-        self._steps.warm_up()
+        self._passes.warm_up()
         self._gemm.warm_up()
 
     def __call__(self, ids_T: Tensor, start: int, seat: int) -> Callable[[], Tensor]:
@@ -202,42 +209,42 @@ class FusedPrefill:
         last_1D = self._gemm(ids_T, start, seat)
         return lambda: self._forward.logits(last_1D)
 
-    def together(self, chunks: Sequence[Chunk]) -> Tensor:
+    def prefill_batch(self, chunks: Sequence[Chunk]) -> Tensor:
         """Prefills several seats at once, within the limits of ``prefill_batching``.
 
         Returns:
             The logits [B, V] of the last token of each.
         """
         lengths = [len(chunk.ids) for chunk in chunks]
-        n_steps = self.prefill_batching.n_forwards(max(lengths))
-        assert n_steps == self.prefill_batching.n_forwards(min(lengths)), (
+        n_passes = self.prefill_batching.n_forwards(max(lengths))
+        assert n_passes == self.prefill_batching.n_forwards(min(lengths)), (
             f"prompts of {lengths} tokens"
         )
         logits_BTV = None
-        for first in range(0, n_steps * STEP_TOKENS, STEP_TOKENS):
-            logits_BTV = self._steps(
+        for first in range(0, n_passes * PASS_TOKENS, PASS_TOKENS):
+            logits_BTV = self._passes(
                 [
-                    Chunk(ids_T[first : first + STEP_TOKENS], start + first, seat)
+                    Chunk(ids_T[first : first + PASS_TOKENS], start + first, seat)
                     for ids_T, start, seat in chunks
                 ]
             )
         assert logits_BTV is not None, "no prompt"
-        last = [(n - 1) % STEP_TOKENS for n in lengths]
+        last = [(n - 1) % PASS_TOKENS for n in lengths]
         return torch.stack([logits_TV[t] for logits_TV, t in zip(logits_BTV, last, strict=True)])
 
     def logits(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Spans, Tensor]]:
-        """Prefills seats by decode steps, with logits of every token.
+        """Prefills seats by eight-token passes, with logits of every token.
 
         Yields:
-            For each step, the parts of chunks that it computes, and the logits [N, V] of their
-            tokens, concatenated. These are valid until the next step.
+            For each pass, the parts of chunks that it computes, and the logits [N, V] of their
+            tokens, concatenated. These are valid until the next pass.
         """
-        for first in range(0, max(len(chunk.ids) for chunk in chunks), STEP_TOKENS):
+        for first in range(0, max(len(chunk.ids) for chunk in chunks), PASS_TOKENS):
             parts, spans = [], []
             for i, (ids_T, start, seat) in enumerate(chunks):
-                if len(part := ids_T[first : first + STEP_TOKENS]):
+                if len(part := ids_T[first : first + PASS_TOKENS]):
                     parts.append(Chunk(part, start + first, seat))
                     spans.append((i, range(first, first + len(part))))
-            logits_BTV = self._steps(parts)
+            logits_BTV = self._passes(parts)
             each = [x[: len(part)] for x, (_, part) in zip(logits_BTV, spans, strict=True)]
             yield spans, torch.cat(each) if len(each) > 1 else each[0]

@@ -4,7 +4,8 @@ A ``Runner`` is the ``EngineCore`` of one device. With several ranks, each rank 
 process of its own, with its shard of the weights and of the cache; all get the same commands
 (``ranks``).
 
-Shape letters: T tokens of one sequence, D model width, V vocabulary.
+Shape letters: B sequences, T tokens of one sequence, N tokens of several sequences, D model width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ from hotloop.engine.grammar import Grammars
 from hotloop.engine.graphs import IfNodes
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.prompt import (
-    STEP_TOKENS,
+    PASS_TOKENS,
     Chunk,
     FusedPrefill,
     Spans,
     split_tokens,
-    step_prompts,
+    pass_prompts,
 )
 from hotloop.engine.rows import Rows, to_device
 from hotloop.engine.sampling import Sampled, Sampler
@@ -88,10 +89,10 @@ from hotloop.types import EXACT_CPU_CHUNK, Score, TokenLogprob, exit_layers
 Result = TypeVar("Result")
 
 BREAK_EVEN_ROWS = 8
-"""The number of rows at which a CPU takes as long to multiply them by an 8-bit weight as to read
-the weight. Prompts of at most so many tokens are prefilled together: the first prompt of a batch
-then waits less for the other prompts than these would wait for it (measured on 2 cores of a Xeon:
-int4 4 to 6 tokens, int8 6, bfloat16 16)."""
+"""The number of rows that a CPU multiplies by an 8-bit weight in the time that it takes to read the
+weight. With other weights it is proportional to their bits. Prompts of at most so many tokens are
+prefilled together: the first prompt of a batch then waits less for the other prompts than these
+would wait for it (measured on 2 cores of a Xeon: int4 4 to 6 tokens, int8 6, bfloat16 16)."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine loads and warms up."""
@@ -237,7 +238,7 @@ class Runner:
         lengths = [len(each.prompt_ids) for each in prompts]
         flat = [token for each in prompts for token in each.prompt_ids]
         ids = to_device(flat, device).split(lengths)
-        logits_BV = self._model.prefill_all(
+        logits_BV = self._model.prefill_batch(
             [
                 Chunk(ids_T[each.start :], each.start, each.seat)
                 for each, ids_T in zip(prompts, ids, strict=True)
@@ -392,7 +393,7 @@ class Runner:
     def _make_drafter(self, name: str) -> Drafter:
         if name == "ngram":
             return NgramDrafter(self._rows, launcher=self._model.launcher)
-        # Without a number of layers, it is the model under another scheme.
+        # A drafter without a number of layers is the model under another scheme.
         n_layers = exit_layers(name)
         forward = self._model.forward(
             n_layers, self._model.draft_decoder if n_layers is None else None
@@ -485,13 +486,13 @@ class _Model:
         if setup.fused:
             drafts = setup.config.draft_tokens if setup.draft else 0
             rows = max(
-                STEP_TOKENS * step_prompts(n_prompts), setup.config.max_batch_size * (1 + drafts)
+                PASS_TOKENS * pass_prompts(n_prompts), setup.config.max_batch_size * (1 + drafts)
             )
             self.peers = Peers.of(group, self.decoder, setup.shard.vocabulary.start, rows)
-        self._steps, self._prompt = self._fused_forward(), None
-        if self._steps is not None and self.launcher is not None:
-            self._prompt = FusedPrefill(
-                self._steps,
+        self._fused, self._fused_prefill = self._fused_forward(), None
+        if self._fused is not None and self.launcher is not None:
+            self._fused_prefill = FusedPrefill(
+                self._fused,
                 self.decoder,
                 self.cache,
                 self.launcher,
@@ -503,8 +504,8 @@ class _Model:
         self._run_short = eager_run(self.decoder) if self.on_cpu_kernels else call
         # None where the bits of a row depend on the number of rows.
         self.prefill_batching: PrefillBatching | None = None
-        if self._prompt is not None:
-            self.prefill_batching = self._prompt.prefill_batching
+        if self._fused_prefill is not None:
+            self.prefill_batching = self._fused_prefill.prefill_batching
         elif self.on_cpu_kernels:
             linears = [linear for block in self.decoder.blocks for linear in block.linears.values()]
             n_weights = sum(linear.n * linear.k for linear in linears)
@@ -521,25 +522,26 @@ class _Model:
 
     def _score_batching(self, n_windows: int) -> ScoreBatching:
         chunk = self.setup.prefill_chunk
-        if self._prompt is not None:
-            return self._prompt.score_batching
-        # The bits of a row do not depend on others with CPU kernels, if its chunk is so short.
+        if self._fused_prefill is not None:
+            return self._fused_prefill.score_batching
+        # With CPU kernels, the bits of a row do not depend on the others in chunks of up to
+        # ``EXACT_CPU_CHUNK`` tokens.
         return ScoreBatching(
             chunk=min(chunk, EXACT_CPU_CHUNK) if self.on_cpu_kernels else chunk,
             max_windows=n_windows,
-            max_tokens=min(chunk, self.setup.n_positions),  # memory for their logits exists
+            max_tokens=min(chunk, self.setup.n_positions),  # memory is reserved for their logits
             exact=self.on_cpu_kernels,
         )
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms caches of libraries; overwrites seat 0."""
-        if self._prompt is not None:
-            self._prompt.warm_up()
+        if self._fused_prefill is not None:
+            self._fused_prefill.warm_up()
 
     def forward(self, n_layers: int | None = None, decoder: Decoder | None = None) -> Forward:
         """Returns the forward of steps: of the model, its first layers, or another decoder."""
         is_plain = n_layers is None and decoder is None
-        fused = self._steps if is_plain else self._fused_forward(n_layers, decoder)
+        fused = self._fused if is_plain else self._fused_forward(n_layers, decoder)
         if fused is not None:
             return fused
         return TorchForward(
@@ -580,12 +582,12 @@ class _Model:
             A function that returns the last token's logits [1, V]. It must be called before the
             next prefill.
         """
-        if self._prompt is not None:
-            return self._prompt(ids_T, start, seat)
+        if self._fused_prefill is not None:
+            return self._fused_prefill(ids_T, start, seat)
         ((_, hidden_TD),) = self._chunks(ids_T, start, seat)
         return lambda: self.decoder.logits(hidden_TD[-1:])
 
-    def prefill_all(self, chunks: Sequence[Chunk]) -> Tensor:
+    def prefill_batch(self, chunks: Sequence[Chunk]) -> Tensor:
         """Prefills seats with the last chunks of prompts; several only within ``prefill_batching``.
 
         Returns:
@@ -593,11 +595,11 @@ class _Model:
         """
         if len(chunks) == 1:
             return self.prefill(*chunks[0])()
-        if self._prompt is not None:
-            return self._prompt.together(chunks)
+        if self._fused_prefill is not None:
+            return self._fused_prefill.prefill_batch(chunks)
         ends = list(itertools.accumulate(len(chunk.ids) for chunk in chunks))
         with cpu.single_threaded_torch():
-            hidden_ND = self._rows_together(chunks)
+            hidden_ND = self._run_as_rows(chunks)
             return self.decoder.logits(hidden_ND[[end - 1 for end in ends]])
 
     def logits(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Spans, Tensor]]:
@@ -608,21 +610,26 @@ class _Model:
         Yields:
             Parts of chunks, and the logits [N, V] of their tokens, concatenated.
         """
-        if self._prompt is not None:
-            yield from self._prompt.logits(chunks)
+        if self._fused_prefill is not None:
+            yield from self._fused_prefill.logits(chunks)
         elif len(chunks) == 1:
             for part, hidden_TD in self._chunks(*chunks[0]):
                 yield [(0, part)], self.decoder.logits(hidden_TD)
         else:
-            together = self._rows_together if self.on_cpu_kernels else self._padded_together
-            hidden_ND = together(chunks)
+            run = self._run_as_rows if self.on_cpu_kernels else self._run_padded
+            hidden_ND = run(chunks)
             spans = [(i, range(len(chunk.ids))) for i, chunk in enumerate(chunks)]
             yield spans, self.decoder.logits(hidden_ND)
 
-    def _rows_together(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Runs chunks through CPU kernels; returns the hidden states of their tokens [N, D]."""
+    def _run_as_rows(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Runs chunks through CPU kernels, each token as a row of its own.
+
+        Returns:
+            The hidden states of their tokens [N, D].
+        """
         device = self.decoder.device
-        # A row for each token: a layer stores all keys and values before it attends to any.
+        # A token can attend to others of its chunk: a layer stores all keys and values before it
+        # attends to any.
         positions, seats = [], []
         for ids_T, start, seat in chunks:
             positions += range(start, start + len(ids_T))
@@ -637,11 +644,14 @@ class _Model:
         )
         return hidden_N1D[:, 0]
 
-    def _padded_together(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Runs chunks as sequences of one length; returns hidden states of their tokens [N, D].
+    def _run_padded(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Runs chunks as sequences that are padded to one length.
 
         Padding repeats the last token of a chunk at its position, so it stores the same keys and
         values again.
+
+        Returns:
+            The hidden states of the chunks' tokens, without padding [N, D].
         """
         device, lengths = self.decoder.device, [len(chunk.ids) for chunk in chunks]
         T = max(lengths)
@@ -717,10 +727,19 @@ class _Model:
 
 
 def _by_window(spans: Sequence[Spans], parts: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Joins the rows of each window from parts whose rows are these spans."""
+    """Concatenates the results of each window.
+
+    Args:
+        spans: For each tensor of ``parts``, the parts of windows that its rows belong to.
+        parts: Tensors [N, ...].
+
+    Returns:
+        For each window, by its index, a tensor [its tokens, ...].
+    """
     pieces: dict[int, list[Tensor]] = {}
-    for some, part in zip(spans, parts, strict=True):
-        for (i, _), piece in zip(some, part.split([len(rows) for _, rows in some]), strict=True):
+    for part_spans, part in zip(spans, parts, strict=True):
+        lengths = [len(tokens) for _, tokens in part_spans]
+        for (i, _), piece in zip(part_spans, part.split(lengths), strict=True):
             pieces.setdefault(i, []).append(piece)
     return {i: torch.cat(each) for i, each in pieces.items()}
 

@@ -89,7 +89,7 @@ class Setup:
     Attributes:
         config: The configuration as given, with the schemes' canonical names.
         model: The architecture of the model.
-        path: The checkpoint; None for a built-in shape.
+        path: The path of the checkpoint; None for a built-in shape.
         schemes: The scheme of every matrix, by its name in a checkpoint.
         head_scheme: The scheme of the head.
         device: The device of this rank.
@@ -200,12 +200,12 @@ class Setup:
         device = torch.device("cuda", local_rank) if cuda else self.device
         draft = self.draft
         if draft and draft.setup:
-            of_model = dataclasses.replace(draft.setup, device=device)
-            draft = dataclasses.replace(draft, setup=of_model)
+            draft_setup = dataclasses.replace(draft.setup, device=device)
+            draft = dataclasses.replace(draft, setup=draft_setup)
         return dataclasses.replace(self, rank=rank, device=device, draft=draft)
 
     @property
-    def models(self) -> tuple[Setup, ...]:
+    def model_setups(self) -> tuple[Setup, ...]:
         """This setup and, on rank 0, the setup of the draft model, if there is one."""
         if self.rank > 0 or self.draft is None or self.draft.setup is None:
             return (self,)
@@ -281,7 +281,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
     config = dataclasses.replace(config, draft=_canonical_draft(config.draft))
     model_notes += _layout_notes(stored)
-    if copy is None:  # a copy of hotloop's is used as it is
+    if copy is None:  # a checkpoint that ``hotloop quantize`` wrote is never quantized again
         model_notes += requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
     _check_assumed_acceptance(config)
@@ -390,8 +390,8 @@ def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
     if draft is None or draft.setup is None:
         return dataclasses.replace(setup, draft=draft)
     n_positions = min(setup.n_positions, draft.setup.model.max_position)
-    of_model = dataclasses.replace(draft.setup, n_positions=n_positions)
-    draft = dataclasses.replace(draft, setup=of_model)
+    draft_setup = dataclasses.replace(draft.setup, n_positions=n_positions)
+    draft = dataclasses.replace(draft, setup=draft_setup)
     return dataclasses.replace(setup, n_positions=n_positions, draft=draft)
 
 
@@ -407,36 +407,35 @@ def _canonical_draft(draft: str) -> str:
     """
     if draft == "none" or is_draft_model(draft):
         return draft
-    names = []
+    canonical = []
     for name in drafters(draft):
         scheme = self_scheme(name)
         try:
-            names.append(f"self-{parse_scheme(scheme).name}" if scheme else name)
+            canonical.append(f"self-{parse_scheme(scheme).name}" if scheme else name)
         except ConfigError as error:
             raise ConfigError(f"draft {shorten_value(name)}: {error}") from error
-    kinds = ["self" if self_scheme(name) is not None else name for name in names]
+    kinds = ["self" if self_scheme(name) is not None else name for name in canonical]
     if len(set(kinds)) < len(kinds):
         raise ConfigError(
             f"draft {shorten_value(draft)} names a drafter twice: give each once, and at most one "
             "of self and self-SCHEME."
         )
-    return "+".join(names)
+    return "+".join(canonical)
 
 
 def _self_draft_schemes(
     config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype
 ) -> dict[str, Scheme]:
-    """Returns ``Draft.schemes`` of a drafter that is the model under another scheme; else nothing.
-
-    It is empty for other drafters.
+    """Returns ``Draft.schemes``.
 
     Raises:
-        ConfigError: The scheme does not fit a matrix, or reads no fewer bytes than the model.
+        ConfigError: The scheme does not fit a matrix, or its drafts read no fewer bytes than the
+            model.
     """
     copies = [name for name in drafters(config.draft) if self_scheme(name)]
     if not copies:
         return {}
-    (of_draft,) = copies
+    (of_draft,) = copies  # ``_canonical_draft`` refuses several
     scheme = parse_scheme(self_scheme(of_draft) or "")
     head_scheme, head = parse_head_scheme("auto", scheme), names.head(model)
     shapes = names.linear_weights(model)
@@ -451,20 +450,22 @@ def _self_draft_schemes(
         spec = LinearSpec(format=of[name].format(k), n=n, k=k, dtype=dtype, device="cpu")
         return spec.stored_bytes
 
-    own, models = (
+    draft_bytes, model_bytes = (
         sum(n_bytes(of, name, *shape) for name, shape in shapes.items()) for of in (draft, schemes)
     )
-    if scheme.name == "auto" or own >= models:
+    if scheme.name == "auto" or draft_bytes >= model_bytes:
         raise ConfigError(
-            f"draft {of_draft!r} reads {own / 1e6:,.1f} MB of weights per token, and the model "
-            f"itself, with quant {config.quant}, reads {models / 1e6:,.1f} MB: such drafts save no "
-            "time. Choose a scheme with fewer bits, or one with more for the model (--quant)."
+            f"draft {of_draft!r} reads {draft_bytes / 1e6:,.1f} MB of weights per token, and the "
+            f"model itself, with quant {config.quant}, reads {model_bytes / 1e6:,.1f} MB: such "
+            "drafts save no time. Choose a scheme with fewer bits, or one with more for the model "
+            "(--quant)."
         )
-    own_head, models_head = (
+    draft_head_bytes, model_head_bytes = (
         n_bytes(of, head, model.vocab_size, model.hidden_size) for of in (draft, schemes)
     )
-    if models_head - own_head < _HEAD_SAVINGS * (own + models_head):
-        del draft[head]
+    saved_bytes = model_head_bytes - draft_head_bytes
+    if saved_bytes < _HEAD_SAVINGS * (draft_bytes + model_head_bytes):
+        del draft[head]  # drafts use the model's head
     return draft
 
 
@@ -495,7 +496,13 @@ def _check_nested(
 
 
 def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft | None:
-    """Resolves the drafters of ``target``."""
+    """Resolves the drafters of ``target``; returns None if it has none.
+
+    Raises:
+        ConfigError: A drafter does not fit the model, or draft options contradict each other.
+        UnsupportedError: The draft model is not supported.
+        ModelNotFoundError: There is no such draft model here.
+    """
     config, name = target.config, target.config.draft
     if config.draft_quant not in ("auto", "none") and not is_draft_model(name):
         raise ConfigError(
@@ -505,18 +512,18 @@ def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft |
     if name == "none":
         return None
     if not is_draft_model(name):
-        names, of = drafters(name), target.model.n_layers
-        for each in names:
+        drafter_names, n_all = drafters(name), target.model.n_layers
+        for each in drafter_names:
             n_layers = exit_layers(each)
-            if n_layers is not None and not 1 <= n_layers < of:
+            if n_layers is not None and not 1 <= n_layers < n_all:
                 raise ConfigError(
-                    f"draft {each!r} runs the first {n_layers} of the model's {of} layers: give a "
-                    f"number from 1 to {of - 1}."
+                    f"draft {each!r} runs the first {n_layers} of the model's {n_all} layers: give "
+                    f"a number from 1 to {n_all - 1}."
                 )
-        nested = NESTED_DRAFTER in names
+        nested = NESTED_DRAFTER in drafter_names
         if nested:
             _check_nested(config, target.model, target.schemes, target.dtype)
-        return Draft(names=names, schemes=self_schemes, nested=nested)
+        return Draft(names=drafter_names, schemes=self_schemes, nested=nested)
     try:
         draft_config = EngineConfig(
             model=name,
@@ -639,7 +646,7 @@ def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
 def _check_permutations(
     config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme]
 ) -> None:
-    """Refuses to split the input features of a matrix over ranks if they are permuted."""
+    """Refuses several ranks if they would split permuted input features (act-order)."""
     if config.tensor_parallel == 1:
         return
     for i, layer in enumerate(model.layers):
@@ -659,8 +666,9 @@ def _describe_model(
     """Finds a model.
 
     Returns:
-        Its path, its architecture, the description that ``hotloop quantize`` wrote, the matrices
-        that are stored in another tool's encoding, and notes on reading it.
+        Its path (None for a built-in shape), its architecture, the description that ``hotloop
+        quantize`` wrote (None if it did not), the matrices by name that are stored in another
+        tool's encoding, and notes on reading it.
     """
     if config.weights == "random":
         if config.model in SHAPES:
@@ -874,5 +882,6 @@ def _resolve_execution(
             f"execution {wanted!r} cannot run here: {reason}. Choose 'auto', or 'eager', which "
             "always runs."
         )
-    # Only users of a GPU expect fused steps, so only these users get a note.
-    return "eager", (f"execution/fused not used, but eager: {reason}",) * (device.type == "cuda")
+    if device.type != "cuda":  # nobody expects fused steps there
+        return "eager", ()
+    return "eager", (f"execution/fused not used, but eager: {reason}",)

@@ -1385,17 +1385,18 @@ Tensor swiglu(const Tensor& gate_up) {
 // ---------------------------------------------------------------------------- halves of a layer
 
 // A decode step of a small model is hundreds of operators of microseconds, whose calls take as long
-// as their work. These two operators are the parts of `models.decoder.Block` between all-reduces.
+// as their work. These two operators are the sublayers of `models.decoder.Block`, without their
+// all-reduces.
 
-// The attention part of a block: norm of x [B, T, D], qkv projection, head norms, rope, storing
+// The attention of a block: norm of x [B, T, D], qkv projection, head norms, rope, storing
 // keys and values in the caches [S, J, C, E] at seats int64 [B] and positions int64 [B, T],
 // attention, and the output projection. Returns [B * T, D].
-Tensor attention_half(const Tensor& x, const Tensor& norm, double eps, std::vector<Tensor> qkv,
-                      std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm,
-                      std::optional<Tensor> k_norm, const Tensor& cos, const Tensor& sin,
-                      const Tensor& k_cache, const Tensor& v_cache, const Tensor& seats,
-                      const Tensor& positions, int64_t window, double scale,
-                      std::vector<Tensor> o, std::optional<Tensor> o_bias) {
+Tensor attention_sublayer(const Tensor& x, const Tensor& norm, double eps, std::vector<Tensor> qkv,
+                          std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm,
+                          std::optional<Tensor> k_norm, const Tensor& cos, const Tensor& sin,
+                          const Tensor& k_cache, const Tensor& v_cache, const Tensor& seats,
+                          const Tensor& positions, int64_t window, double scale,
+                          std::vector<Tensor> o, std::optional<Tensor> o_bias) {
   const int64_t B = positions.size(0), T = positions.size(1);
   const int64_t S = k_cache.size(0), J = k_cache.size(1), C = k_cache.size(2), E = k_cache.size(3);
   STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous() && seats.is_contiguous() &&
@@ -1435,10 +1436,10 @@ Tensor attention_half(const Tensor& x, const Tensor& norm, double eps, std::vect
   return linear(attended, o, o_bias);
 }
 
-// The feed-forward part of a block: norm of x [B, T, D], and SwiGLU. Returns [B * T, D].
-Tensor feed_forward_half(const Tensor& x, const Tensor& norm, double eps,
-                         std::vector<Tensor> gate_up, std::optional<Tensor> gate_up_bias,
-                         std::vector<Tensor> down, std::optional<Tensor> down_bias) {
+// The feed-forward of a block: norm of x [B, T, D], and SwiGLU. Returns [B * T, D].
+Tensor feed_forward_sublayer(const Tensor& x, const Tensor& norm, double eps,
+                             std::vector<Tensor> gate_up, std::optional<Tensor> gate_up_bias,
+                             std::vector<Tensor> down, std::optional<Tensor> down_bias) {
   return linear(swiglu(linear(rms_norm(x, norm, eps), gate_up, gate_up_bias)), down, down_bias);
 }
 
@@ -1527,11 +1528,11 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("dequantize_groups(Tensor description, Tensor blocks, int k) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seats, "
         "Tensor positions, int window, float scale) -> Tensor");
-  m.def("attention_half(Tensor x, Tensor norm, float eps, Tensor[] qkv, Tensor? qkv_bias, "
+  m.def("attention_sublayer(Tensor x, Tensor norm, float eps, Tensor[] qkv, Tensor? qkv_bias, "
         "Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
         "Tensor(b!) v_cache, Tensor seats, Tensor positions, int window, float scale, Tensor[] o, "
         "Tensor? o_bias) -> Tensor");
-  m.def("feed_forward_half(Tensor x, Tensor norm, float eps, Tensor[] gate_up, "
+  m.def("feed_forward_sublayer(Tensor x, Tensor norm, float eps, Tensor[] gate_up, "
         "Tensor? gate_up_bias, Tensor[] down, Tensor? down_bias) -> Tensor");
   m.def("keep_threads(bool on) -> ()");
   m.def("exchange_bytes(int ranks) -> int");
@@ -1548,8 +1549,8 @@ STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("swiglu", TORCH_BOX(&swiglu));
-  m.impl("attention_half", TORCH_BOX(&attention_half));
-  m.impl("feed_forward_half", TORCH_BOX(&feed_forward_half));
+  m.impl("attention_sublayer", TORCH_BOX(&attention_sublayer));
+  m.impl("feed_forward_sublayer", TORCH_BOX(&feed_forward_sublayer));
   m.impl("sum_over_ranks", TORCH_BOX(&sum_over_ranks));
   m.impl("gather_over_ranks", TORCH_BOX(&gather_over_ranks));
 }
