@@ -13,8 +13,8 @@ formats has a kernel for each part. The decoder is the specification; ``prompt``
 The bits of a row's result do not depend on the number of rows: verifying k drafts at once gives
 exactly the results of k + 1 single steps.
 
-Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, K input features,
-V vocabulary.
+Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, K input features, N
+output features, E head dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class FusedForward:
         decoder: The model, with weights assigned for the fused step.
         cache: Its cache.
         launcher: Launches kernels.
-        n_tokens: Token ids below this can be selected.
+        n_tokens: Token ids below this can be selected by the argmax.
         sharded: The model is sharded over ranks: partial results are all-reduced.
         peers: Exchange buffers of the ranks. If None, the decoder's ``all_reduce`` is used, and no
             argmax is computed.
@@ -246,7 +246,16 @@ class FusedForward:
     def _next_operand(
         self, stored: bool, plans: _LinearPlans, *, like: Tensor
     ) -> NextOperand | None:
-        """Allocates x in a matrix product's layout, if the kernel that computes it stores it so."""
+        """Allocates the input of the next matrix product in that product's own layout.
+
+        Args:
+            stored: The kernel that computes the input can store it in that layout.
+            plans: The plans of the next matrix product.
+            like: A tensor on the device.
+
+        Returns:
+            None if the input is stored as plain rows.
+        """
         plan = _only(plans)
         if not stored or not isinstance(plan, WidePlan):
             return None
@@ -368,11 +377,15 @@ class FusedForward:
             linear: The weight.
             x: The input, [M, K].
             onto: The residual stream, to which the result is added in place; None for a new tensor.
-            norm_epilogue: The next norm, for the first part of which the kernel stores its result.
+            norm_epilogue: The next norm, of which the kernel computes the first part.
             prefetch: The weight to prefetch.
-            staged: x in the layout of this matrix product, which is read instead of ``x``.
-            following: The input of the next matrix product in its layout, to which the result, or
-                with a norm epilogue the prescaled input, is stored instead.
+            staged: x in this matrix product's own layout; it is read instead of ``x``.
+            following: A buffer for the next matrix product's input, in that product's own layout.
+                The kernel stores its result there instead or, with a norm epilogue, the prescaled
+                input. None stores plain rows.
+
+        Returns:
+            The result [M, N], or ``onto``; with SwiGLU [M, N / 2].
         """
         x_MK = x.x if isinstance(x, PrescaledInput) else x
         width = linear.n // 2 if linear.paired else linear.n
@@ -562,7 +575,7 @@ def _is_staged_before(plans: _LinearPlans) -> bool:
 
 
 def _storing_for(plans: _LinearPlans, after: _LinearPlans) -> _LinearPlans:
-    """Returns the plans of a matrix product that stores the next one's operand, if it can."""
+    """Returns a matrix product's plans, changed to store the operand of ``after`` if possible."""
     plan = _only(plans)
     if not isinstance(plan, WidePlan) or not _is_staged_before(after):
         return plans
@@ -570,11 +583,15 @@ def _storing_for(plans: _LinearPlans, after: _LinearPlans) -> _LinearPlans:
 
 
 def _epilogues(epilogue: Epilogue, n_pieces: int) -> tuple[Epilogue, ...]:
-    """Returns the epilogues of a projection's pieces; with SwiGLU, gate pieces come first."""
+    """Returns the epilogue of each piece of a projection.
+
+    With SwiGLU and two pieces, the first stores the gates, and the second applies SwiGLU. With a
+    plain epilogue, each piece stores its part of the common output.
+    """
     if n_pieces == 1:
         return (epilogue,)
     if epilogue == "swiglu":
-        assert n_pieces == 2, f"gates and up features in {n_pieces} pieces"
+        assert n_pieces == 2, f"gate and up features in {n_pieces} pieces"
         return "logits", "gated"
     assert epilogue == "plain", f"{epilogue} of several pieces"
     return ("part",) * n_pieces
@@ -599,7 +616,7 @@ class _LayerPlans:
     down: _LinearPlans
 
     def storing(self, after: _LinearPlans, *, sharded: bool) -> _LayerPlans:
-        """Returns the plans of kernels that store x in the layout of the next matrix product.
+        """Returns the plans, changed so that kernels store the next matrix product's operand.
 
         Args:
             after: The plans of the matrix product after the layer.
@@ -629,8 +646,8 @@ def _kernels(plans: _LinearPlans) -> list[Kernel]:
 class _Plans:
     """The launch plans of a step of B sequences with T tokens each.
 
-    Layers with the same configuration and weight formats share their plans, where the same layer or
-    the head follows them.
+    Layers with the same configuration and weight formats share their plans, if what follows them
+    (a layer of the same kind, or the head) is the same too.
 
     Attributes:
         layers: The plans of each layer.
@@ -684,9 +701,9 @@ class _Plans:
         for block in blocks:
             if kind_of(block) not in kinds:
                 kinds[kind_of(block)] = layer(block)
-        names = [*map(kind_of, blocks), None]
+        sequence = [*map(kind_of, blocks), None]  # None: the head
         self.layers: list[_LayerPlans] = []
-        for pair in itertools.pairwise(names):
+        for pair in itertools.pairwise(sequence):
             kind, after = pair
             assert kind is not None
             if pair not in self._pairs:

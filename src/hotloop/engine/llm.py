@@ -438,6 +438,7 @@ class LLM:
         most = self._setup.n_positions - len(prompt)
 
         def answer(scheduler: Scheduler, n: int, sampling: SamplingParams) -> Timing:
+            """Generates ``n`` tokens, or as many as the context holds."""
             if most < 1:
                 return Timing(n_tokens=0, ttft_s=0.0, e2e_s=0.0)
             options = {"max_new_tokens": min(n, most), "ignore_eos": True}
@@ -448,24 +449,26 @@ class LLM:
             _answer([request], scheduler)
             return request.generation().timing
 
-        n_steps, greedy = 3, SamplingParams()
+        # Enough tokens for three steps of every kind, even if each accepts all of its drafts.
+        n_tokens, greedy = 3, SamplingParams()
         if self._setup.draft is not None:
-            each = sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
-            n_steps = 3 * each * len(self._setup.draft.names)
+            per_drafter = sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
+            n_tokens = 3 * per_drafter * len(self._setup.draft.names)
         speculative, plain = self._new_scheduler(self._new_controller()), self._new_scheduler(None)
         last = speculative
-        answer(speculative, 1 + n_steps, greedy)
+        answer(speculative, 1 + n_tokens, greedy)
         if self._runner.captures:
             timing = answer(plain, 9, greedy)
             if timing.n_tokens > 1:
                 speculative.n_steps = plain.n_steps = n_multi_steps(timing.tpot_s)
-            answer(speculative, 1 + plain.n_steps, greedy)  # makes its multi-step programs
+            # Captures multi-step programs, whose number of steps is known now.
+            answer(speculative, 1 + plain.n_steps, greedy)
             suggested = greedy
             with suppress(CheckpointError):  # raised where the suggestion is used
                 suggested = self.default_sampling
             if suggested.temperature > 0:
                 last = self._new_scheduler(self._new_controller(), plain.n_steps)
-                answer(last, 1 + n_steps, suggested)
+                answer(last, 1 + n_tokens, suggested)
         self._runner.run(Synchronize()).wait()
         reuse = self._setup.prefix_reuse
         if reuse == "chunks" and self._runner.batch_invariant:
@@ -514,7 +517,7 @@ class LLM:
         salt: str = "",
         clamp: bool = False,
     ) -> list[Request]:
-        """Returns the requests of prompts: one for each answer.
+        """Makes requests for ``Service``: ``params.n`` for each prompt, one after the other.
 
         Raises:
             RequestError: See ``Service.submit``.
@@ -531,7 +534,7 @@ class LLM:
         n_top: int = 0,
         group: object | None = None,
     ) -> Scoring:
-        """Returns the job that scores a window; see ``Service.score`` and ``Scoring``.
+        """Makes the job that scores a window; see ``Service.score`` and ``Scoring``.
 
         Raises:
             RequestError: The window is too short or too long, or has tokens outside the vocabulary.

@@ -1382,7 +1382,7 @@ Tensor swiglu(const Tensor& gate_up) {
   return y;
 }
 
-// ---------------------------------------------------------------------------- halves of a layer
+// ---------------------------------------------------------------------------- sublayers of a block
 
 // A decode step of a small model is hundreds of operators of microseconds, whose calls take as long
 // as their work. These two operators are the sublayers of `models.decoder.Block`, without their
