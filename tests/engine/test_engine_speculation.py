@@ -15,10 +15,10 @@ from scipy import stats
 from tiny_models import N_TOKENS, encode, write_markov, write_random, write_script
 
 from hotloop import LLM, EngineConfig, Generation, SamplingParams, Speculation
-from hotloop.engine.simulated_acceptance import assumed_probability, simulate_acceptance
 from hotloop.engine.core import StepTimes
 from hotloop.engine.draft_control import Choice, DraftController, sizes_up_to
 from hotloop.engine.setup import prepare, resolve_auto
+from hotloop.engine.simulated_acceptance import assumed_probability, simulate_acceptance
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.kernels import cpu
 from hotloop.quant import parse_scheme

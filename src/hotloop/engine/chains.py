@@ -24,11 +24,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hotloop.engine.simulated_acceptance import assumed_probability
 from hotloop.engine.core import Features
 from hotloop.engine.graphs import capture
 from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import Sampler
+from hotloop.engine.simulated_acceptance import assumed_probability
 from hotloop.errors import HotloopError
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import step

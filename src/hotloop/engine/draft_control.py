@@ -632,7 +632,7 @@ class DraftController:
         return found
 
     def _compute_accepted(self, request: object, drafter: int) -> list[float]:
-        """Computes the expected number of accepted drafts of a request for k = 0, 1, …"""
+        """Computes the expected number of accepted drafts of a request for each k from 0."""
         mine = self._of_request.get(request)
         totals, all_accepted, rate = [0.0], 1.0, self.PRIOR_ACCEPTANCE
         for i, of_all in enumerate(self._acceptance[drafter].positions):

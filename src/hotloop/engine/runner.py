@@ -58,18 +58,18 @@ from hotloop.engine.prompt import (
     Chunk,
     FusedPrefill,
     Spans,
-    split_tokens,
     pass_prompts,
+    split_tokens,
 )
 from hotloop.engine.rows import Rows, to_device
 from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
 from hotloop.engine.speculation import (
+    BroadcastDrafter,
     Drafter,
     ModelDrafter,
     NgramDrafter,
     SelfDrafter,
-    BroadcastDrafter,
 )
 from hotloop.engine.steps import Stepper, Timestamps, step_times
 from hotloop.engine.vocabulary import VocabularyShard

@@ -34,7 +34,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from hotloop.engine.simulated_acceptance import simulate_acceptance
 from hotloop.engine.chains import ChainEnd
 from hotloop.engine.constraints import Constraints, Drafts
 from hotloop.engine.core import Features, Step, StepKind, StepTimes, padded_rows
@@ -42,6 +41,7 @@ from hotloop.engine.forward import Forward
 from hotloop.engine.graphs import Graphs
 from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import Sampled, Sampler
+from hotloop.engine.simulated_acceptance import simulate_acceptance
 from hotloop.engine.speculation import Drafter
 
 Result = TypeVar("Result")
