@@ -105,8 +105,8 @@ def messages_of(
     """Returns the items of a request as the messages of a chat.
 
     Consecutive items of the assistant become one message, which can have reasoning, content and
-    calls. Another message begins with reasoning, which is the first part of an answer, and with content
-    after content or a call.
+    calls. Another message begins with reasoning, which is the first part of an answer, and with
+    content after content or a call.
     Instructions come first, together with a system message that follows.
 
     Args:
