@@ -82,7 +82,7 @@ class Part:
         gguf: Its name in GGUF files, within its layer, such as ``attn_q``.
         n: Output features.
         axis: The dimension that tensor parallelism shards.
-        unit: Features of one element of that axis: the width of a head, or 1.
+        width: Features for each element of that axis: the width of a head, or 1.
         rotated: Rope rotates its outputs, which are heads.
     """
 
@@ -90,7 +90,7 @@ class Part:
     gguf: str
     n: int
     axis: Axis
-    unit: int = 1
+    width: int = 1
     rotated: bool = False
 
 
@@ -125,7 +125,7 @@ class Matrix:
     def slices(self, part: Part, shard: LayerShard) -> tuple[range | None, range | None]:
         """Returns the rows and the columns of a part that a rank holds; None for all."""
         share = shard.along(part.axis)
-        held = range(share.start * part.unit, share.stop * part.unit)
+        held = range(share.start * part.width, share.stop * part.width)
         return (None, held) if self.summed else (held, None)
 
 
@@ -188,13 +188,13 @@ class AttentionConfig:
     def matrices(self) -> tuple[Matrix, ...]:
         """Query, key and value projections as one matrix; then the output projection."""
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        unit, name = self.head_dim, "self_attn.{}_proj".format
+        width, name = self.head_dim, "self_attn.{}_proj".format
         qkv = (
-            Part(name=name("q"), gguf="attn_q", n=q, axis="heads", unit=unit, rotated=True),
-            Part(name=name("k"), gguf="attn_k", n=kv, axis="kv_heads", unit=unit, rotated=True),
-            Part(name=name("v"), gguf="attn_v", n=kv, axis="kv_heads", unit=unit),
+            Part(name=name("q"), gguf="attn_q", n=q, axis="heads", width=width, rotated=True),
+            Part(name=name("k"), gguf="attn_k", n=kv, axis="kv_heads", width=width, rotated=True),
+            Part(name=name("v"), gguf="attn_v", n=kv, axis="kv_heads", width=width),
         )
-        o = Part(name=name("o"), gguf="attn_output", n=self.hidden_size, axis="heads", unit=unit)
+        o = Part(name=name("o"), gguf="attn_output", n=self.hidden_size, axis="heads", width=width)
         return (
             Matrix(name="qkv_proj", parts=qkv, k=self.hidden_size, bias=self.qkv_bias, norm="norm"),
             Matrix(name="o_proj", parts=(o,), k=q, bias=self.o_bias, summed=True),

@@ -121,7 +121,7 @@ class _Description(StrictModel):
 
 
 class _MadeByAutoRound(_Description):
-    """The keys in which AutoRound records its options, in its own descriptions and in others."""
+    """The keys in which AutoRound records its options, also in descriptions for other packings."""
 
     act_bits: _Anything = None
     act_data_type: _Anything = None
@@ -206,8 +206,8 @@ class _MadeByGptqModel(_MadeByAutoRound):
     use_cuda_fp16: _Anything = None
     use_exllama: _Anything = None
 
-    def _general(self, name: str) -> tuple[bool | None, _Override]:
-        """Returns whether a matrix is quantized (None if unknown), and the settings of its own."""
+    def _settings(self, name: str) -> tuple[bool | None, _Override]:
+        """Returns whether a matrix is quantized (None if unknown), and its overrides."""
         quantized = self.lm_head if name == _HEAD else _unless_named(name, [])
         listed = [part for parts in self.modules_in_block_to_quantize for part in parts]
         if listed and _is_in_a_layer(name):
@@ -235,7 +235,7 @@ class _Awq(_MadeByGptqModel):
     modules_to_fuse: _Anything = None
 
     def claim(self, name: str) -> Claim:
-        quantized, own = self._general(name)
+        quantized, override = self._settings(name)
         versions = {
             text.lower() for text in (self.version, self.checkpoint_format, self.format) if text
         }
@@ -243,8 +243,8 @@ class _Awq(_MadeByGptqModel):
         return Claim(
             quantized=False if _is_named(name, self.modules_to_not_convert) else quantized,
             encodings=("awq",) if version == "gemm" else (),
-            bits=own.bits or self.bits or self.w_bit,
-            group_size=own.group_size or self.group_size or self.q_group_size,
+            bits=override.bits or self.bits or self.w_bit,
+            group_size=override.group_size or self.group_size or self.q_group_size,
             label=f"awq {version}",
         )
 
@@ -258,13 +258,13 @@ class _Gptq(_MadeByGptqModel):
         stated = self.checkpoint_format or self.format
         format_ = (stated or "gptq").lower()
         versions = {"gptq": 1, "gptq_v2": 2}
-        quantized, own = self._general(name)
+        quantized, override = self._settings(name)
         return Claim(
             quantized=quantized,
             encodings=("gptq",) if format_ in versions else (),
-            bits=own.bits or self.bits,
-            group_size=own.group_size or self.group_size,
-            symmetric=self.sym if own.sym is None else own.sym,
+            bits=override.bits or self.bits,
+            group_size=override.group_size or self.group_size,
+            symmetric=self.sym if override.sym is None else override.sym,
             version=versions.get(format_),
             version_is_stated=stated is not None,
             label=f"gptq, checkpoint_format {format_}",
@@ -314,17 +314,17 @@ class _AutoRound(_MadeByAutoRound):
 
     def claim(self, name: str) -> Claim:
         encodings, version = _PACKINGS.get(self._packing.rpartition("auto_round:")[2], ((), None))
-        own = self._own(name)
-        bits = own.bits or self.bits
+        override = self._override(name)
+        bits = override.bits or self.bits
         quantized = _unless_named(name, [])
-        if own.bits is not None:
-            quantized = own.bits < 16
+        if override.bits is not None:
+            quantized = override.bits < 16
         return Claim(
             quantized=quantized,
             encodings=encodings if self.data_type == "int" else (),
             bits=bits if bits < 16 else None,
-            group_size=own.group_size or self.group_size,
-            symmetric=self.sym if own.sym is None else own.sym,
+            group_size=override.group_size or self.group_size,
+            symmetric=self.sym if override.sym is None else override.sym,
             version=version,
             label=f"auto-round {self._packing}",
         )
@@ -337,7 +337,7 @@ class _AutoRound(_MadeByAutoRound):
             packing = backend if backend.lower().startswith("auto_round") else None
         return re.sub(":(exllamav2|triton)$", "", (packing or "auto_round:auto_gptq").lower())
 
-    def _own(self, name: str) -> _AutoRoundOverride:
+    def _override(self, name: str) -> _AutoRoundOverride:
         """Returns the settings under a matrix's name, or else under a pattern that matches it."""
         if name in self.extra_config:
             return self.extra_config[name]

@@ -126,13 +126,13 @@ def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, A
             f"Supported are {', '.join(ARCHITECTURES)}."
         )
     prefix = f"{architecture}."
-    said = {
+    own_keys = {
         key.removeprefix(prefix): value
         for key, value in metadata.items()
         if key.startswith(prefix) and key.removeprefix(prefix) not in _HARMLESS_KEYS
     }
-    _refuse_others(said, file, prefix)
-    keys = validated(_Keys, said, path, prefix=prefix)
+    _refuse_others(own_keys, file, prefix)
+    keys = validated(_Keys, own_keys, path, prefix=prefix)
     config = {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -164,15 +164,15 @@ def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, A
     return config
 
 
-def _refuse_others(said: dict[str, Any], file: str, prefix: str) -> None:
-    """Removes neutral values, and refuses other unknown keys."""
+def _refuse_others(keys: dict[str, Any], file: str, prefix: str) -> None:
+    """Removes the keys of ``_NEUTRAL`` with neutral values, and refuses other unknown keys."""
     for key, values in _NEUTRAL.items():
-        if said.get(key) in values:
-            del said[key]
+        if keys.get(key) in values:
+            del keys[key]
     known = {field.alias or name for name, field in _Keys.model_fields.items()}
-    for key in sorted(said.keys() - known):
+    for key in sorted(keys.keys() - known):
         raise UnsupportedError(
-            f"{file}: metadata key {shorten(prefix + key)} (here {shorten_value(said[key])}) is "
+            f"{file}: metadata key {shorten(prefix + key)} (here {shorten_value(keys[key])}) is "
             "not implemented, and may change what the model computes."
         )
 

@@ -113,16 +113,17 @@ def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantizati
         UnsupportedError: A later version wrote it.
         ConfigError: The description is damaged.
     """
-    said = config.get(QUANTIZATION_KEY)
-    if said is None:
+    description = config.get(QUANTIZATION_KEY)
+    if description is None:
         return None
-    version = said.get("version") if isinstance(said, dict) else None
+    version = description.get("version") if isinstance(description, dict) else None
     if type(version) is int and version > QUANTIZATION_VERSION:
         raise UnsupportedError(
             f"{file}: the checkpoint is quantized in format {version}; this hotloop reads format "
             f"{QUANTIZATION_VERSION}. Update hotloop, or quantize again."
         )
-    return validated(Quantization, said, f"{file}, {QUANTIZATION_KEY}", refuse=config_error)
+    where = f"{file}, {QUANTIZATION_KEY}"
+    return validated(Quantization, description, where, refuse=config_error)
 
 
 def identify_checkpoint(path: Path) -> str:
@@ -259,15 +260,15 @@ class StoredForm:
         n_tensors = sum(t.n_tensors for t in self.types)
         n_bytes = max(sum(t.n_bytes for t in self.types), 1)
         first, *others = self.types
-        said = [
+        shares = [
             f"{first.dtype} for {first.n_tensors} of {n_tensors} tensors, "
             f"{first.n_bytes / n_bytes:.0%} of bytes".replace("%", " %")
         ]
-        said += [
+        shares += [
             f"{t.dtype} for {t.n_tensors}, {t.n_bytes / n_bytes:.0%}".replace("%", " %")
             for t in others
         ]
-        text = "; ".join(said)
+        text = "; ".join(shares)
         if self.quantization is None:
             return f"{self.method} ({text})" if self.method else text
         how = f"{self.quantization.scheme}, head {self.quantization.head}"

@@ -127,12 +127,12 @@ class StoredMatrix:
         if size is None and n_groups and k % n_groups == 0:
             size = k // n_groups
         if size is None or -(-k // size) != n_groups:
-            said = "gives no size of groups" if size is None else f"says groups of {size}"
-            said = "says one group (group_size -1)" if claimed == -1 else said
+            claim = "gives no group size" if size is None else f"says groups of {size}"
+            claim = "says one group (group_size -1)" if claimed == -1 else claim
             raise self.error(
                 suffix,
                 f"has {n_groups} groups along {k} input features, and the checkpoint's "
-                f"configuration {said}",
+                f"configuration {claim}",
             )
         return Groups.of(k, size)
 

@@ -69,8 +69,8 @@ class FourBits:
         if entry.dtype != "U8" or math.prod(entry.shape) > 2**16:
             raise matrix.error(description, "must be JSON text of a few hundred bytes")
         where = f"{entry.file}, tensor {matrix.name}{description}"
-        said = parse_json(matrix.read(description).numpy().tobytes(), where)
-        state = validated(_State, {k: v for k, v in said.items() if v is not None}, where)
+        keys = parse_json(matrix.read(description).numpy().tobytes(), where)
+        state = validated(_State, {k: v for k, v in keys.items() if v is not None}, where)
         n, k = matrix.shape
         if state.shape != [n, k] or n * k % 2:
             raise matrix.error(description, f"says the shape {state.shape}, not {[n, k]}")
