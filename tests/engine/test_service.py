@@ -146,6 +146,8 @@ def test_what_cannot_be_served_is_refused_by_the_call(service):
         service.submit([7] * 100, SamplingParams(max_new_tokens=300))
     with pytest.raises(ContextLengthError):
         service.score([7] * 400)
+    with pytest.raises(RequestError, match="there is no prompt"):
+        service.submit_all([])
     with pytest.raises(RequestError, match="empty"):
         service.submit([], FREELY)
     many = SamplingParams(max_new_tokens=300, ignore_eos=True)

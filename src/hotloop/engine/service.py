@@ -40,6 +40,7 @@ from hotloop.engine.scheduler import Job
 from hotloop.errors import (
     HotloopError,
     QueueFullError,
+    RequestError,
     ServiceClosedError,
     SlowClientError,
 )
@@ -318,8 +319,11 @@ class Service:
             clamp: See ``submit``.
 
         Raises:
+            RequestError: There is no prompt.
             HotloopError: As ``submit``.
         """
+        if not prompts:
+            raise RequestError("there is no prompt: give at least one.")
         requests = self._llm.requests(prompts, params, salt=salt, clamp=clamp)
         return self._add(requests, len(requests) // len(prompts))
 

@@ -1,8 +1,8 @@
-"""Streams that drive one scheduler together, from one thread or several.
+"""Streams of answers that share one scheduler, and run it from one thread or several.
 
-A stream that needs its next piece runs an iteration of the scheduler, unless another thread is
-running one, and hands the other streams their pieces. So a lone stream runs the scheduler inline,
-without a further thread.
+The scheduler has no thread of its own. A thread that asks its stream for the next piece runs an
+iteration of the scheduler, and gives the other streams their pieces. If another thread is already
+running an iteration, it waits for that one. So a lone stream runs the scheduler inline.
 """
 
 from __future__ import annotations
