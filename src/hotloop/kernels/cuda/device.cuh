@@ -326,8 +326,8 @@ __device__ __forceinline__ void own_copies_wait() {
 
 // Barriers in shared memory (mbarrier), and asynchronous copies that arrive at one on completion.
 //
-// From Hopper on one lane issues a bulk copy, whose bytes the barrier counts. On older devices each
-// lane copies its share 16 bytes at a time, and arrives when its copies are complete; they have no
+// From Hopper on (TMA), one lane issues a bulk copy, whose bytes the barrier counts. On older devices
+// each lane copies its share 16 bytes at a time, and arrives when its copies are complete; they have no
 // copy_box.
 
 // Describes a tensor and its boxes, as the driver encodes it (kernels/cuda/tensor_map.py).

@@ -456,8 +456,8 @@ struct Linear {
       }
   }
 
-  // group: the first of a unit that ends here. With kSpreads it is the one of this lane's strand,
-  // whose sums are at x_sum.
+  // group: the first group of the unit that ends with this slice. With kSpreads it is the group of this
+  // lane's strand, whose sums of x are at x_sum.
   template <bool kFirst>
   __device__ __forceinline__ void finish_groups(const uint8_t* weights, int group, int c,
                                                 float* x_sum, const float x_total[2][4], Sums even,

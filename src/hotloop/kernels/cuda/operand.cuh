@@ -16,8 +16,8 @@
 struct NextOperand {
   uint8_t* bytes;         // [parts, part_stages, rows, 128]
   uint32_t units, parts;  // of K
-  int part_stages;        // stages of a part
-  int rows;               // of a line
+  int part_stages;        // stages of a part, at most
+  int rows;               // of x in a stage, in whole octets
 
   // Where features k to k + 7 lie, k a multiple of 8: lane t's words of a slice.
   struct Place {

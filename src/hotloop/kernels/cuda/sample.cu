@@ -160,7 +160,8 @@ __device__ __forceinline__ void compact(Tokens& tokens, uint64_t bound,
   if (n <= kMaxCandidates) tokens.candidates = shared.candidates, tokens.n = n;
 }
 
-// The best token of each thread's part of a row, with the thread in place of the id.
+// The best token of each thread's part of a row, with the thread in place of the id. The k-th best of
+// them is no better than the k-th best token of the row: k threads have a token at least as good.
 template <int kMaxCandidates>
 __device__ __forceinline__ Tokens thread_maxima(const Tokens& tokens,
                                                 Shared<kMaxCandidates>& shared, int thread) {
@@ -289,6 +290,8 @@ __device__ __forceinline__ void sample(const SampleArgs& args) {
   uint64_t bound = (static_cast<uint64_t>(kInfinite) << tokens.id_bits) - 1;
   const int64_t top_k = args.top_k[sequence];
   const float top_p = args.top_p[sequence], min_p = args.min_p[sequence];
+  // kNarrow: where k is small, the k-th best of the threads' best tokens bounds the candidates, so that
+  // the histograms of top-k and top-p need not read the whole row again.
   enum { kNarrow, kTopK, kTopP, kStages };
 #pragma unroll 1
   for (int stage = kNarrow; stage < kStages; stage++) {
