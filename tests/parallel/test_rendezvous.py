@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 import torch.distributed as dist
 
-from hotloop.errors import RankError
+from hotloop.errors import ConfigError, RankError
 from hotloop.parallel.link import receive, send
 from hotloop.parallel.rendezvous import LOOPBACK, Address, Torchrun
 
@@ -22,6 +22,15 @@ def torchrun(rank: int) -> Torchrun:
         address=Address(host=LOOPBACK, port=0),
         serves=False,
     )
+
+
+@pytest.mark.parametrize("name", ["RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_refused_with_the_names_of_all(name, monkeypatch):
+    numbers = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"), "1")
+    for variable, value in (numbers | {"MASTER_ADDR": LOOPBACK, name: "two"}).items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=r"LOCAL_WORLD_SIZE must be whole numbers.*'two'"):
+        Torchrun.environment()
 
 
 def where(store: dist.Store) -> tuple[str, int]:

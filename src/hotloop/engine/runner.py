@@ -136,8 +136,8 @@ class Runner:
                 n_seats=setup.n_seats,
                 n_prompts=config.max_batch_size,
             )
-            shares = [shard.vocabulary for shard in setup.shards]
-            self._vocabulary = VocabularyShard(shares, n_tokens, self._group)
+            shards = [shard.vocabulary for shard in setup.shards]
+            self._vocabulary = VocabularyShard(shards, n_tokens, self._group)
             self._sampler = Sampler(
                 config.max_batch_size,
                 n_tokens,

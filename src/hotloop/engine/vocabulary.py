@@ -31,7 +31,7 @@ class VocabularyShard:
     same time.
 
     Args:
-        shares: Token ids of each rank's shard; that of rank 0 is the largest.
+        shards: Token ids of each rank's shard; that of rank 0 is the largest.
         n_tokens: Ids below this can be selected; further rows are padding.
         group: The ranks.
 
@@ -41,9 +41,9 @@ class VocabularyShard:
             argmax.
     """
 
-    def __init__(self, shares: Sequence[range], n_tokens: int, group: Group) -> None:
-        self.shares, self.n_tokens, self.group = shares, n_tokens, group
-        self.rows = rows = shares[group.rank]
+    def __init__(self, shards: Sequence[range], n_tokens: int, group: Group) -> None:
+        self.shards, self.n_tokens, self.group = shards, n_tokens, group
+        self.rows = rows = shards[group.rank]
         self._is_padding_only = rows.start >= n_tokens
         stop = rows.start + 1 if self._is_padding_only else min(rows.stop, n_tokens)
         self.ids = range(rows.start, stop)
@@ -98,7 +98,7 @@ class VocabularyShard:
         keys = _keys(x, torch.arange(x.shape[-1], device=x.device) + self.rows.start)
         keys = keys.topk(min(k, keys.shape[-1])).values
         if self.group.size > 1:
-            missing = min(k, len(self.shares[0])) - keys.shape[-1]
+            missing = min(k, len(self.shards[0])) - keys.shape[-1]
             keys = torch.nn.functional.pad(keys, (0, missing), value=_SMALLEST)
             keys = self.group.all_gather(keys).movedim(0, -2).flatten(-2).topk(k).values
         return _values(keys), _ids(keys)
@@ -130,15 +130,15 @@ class VocabularyShard:
         return self.group.max(values.where(mine, -torch.inf))
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
-        """Gathers all ranks' [..., rows] on rank 0, concatenated; returns None on other ranks."""
+        """Gathers all ranks' values [..., rows] on rank 0, concatenated; None on other ranks."""
         if self.group.size == 1:
             return x
-        padded = torch.nn.functional.pad(x, (0, len(self.shares[0]) - x.shape[-1]))
+        padded = torch.nn.functional.pad(x, (0, len(self.shards[0]) - x.shape[-1]))
         parts = self.group.gather_to_first(padded)
         if parts is None:
             return None
-        wide = zip(self.shares, parts, strict=True)
-        return torch.cat([part[..., : len(share)] for share, part in wide], dim=-1)
+        pairs = zip(self.shards, parts, strict=True)
+        return torch.cat([part[..., : len(shard)] for shard, part in pairs], dim=-1)
 
 
 def _keys(values: Tensor, ids: Tensor) -> Tensor:
