@@ -257,6 +257,7 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
         ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 3}}, "beta_fast = 3"),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2}}, "and type"),
         ({"rope_scaling": "linear"}, "rope_scaling: must be an object, not 'linear'"),
+        ({"rope_scaling": False}, "rope_scaling: must be an object, not False"),
         ({"rope_scaling": LLAMA_3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
         ({"rope_scaling": {**LLAMA_3, "high_freq_factor": None}}, "needs high_freq_factor"),
         ({"rope_scaling": YARN | {"beta_slow": 40.0}}, "beta_slow 40.0 must not exceed"),

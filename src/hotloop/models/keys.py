@@ -278,7 +278,8 @@ def _rope_settings(known: dict[str, Any], file: Path | str) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
-        value = known.pop(key, None) or {}
+        if (value := known.pop(key, None)) is None:
+            continue
         if not isinstance(value, dict):
             raise config_error(file, f"{key}: must be an object, not {shorten_value(value)}")
         older = value.get("type")

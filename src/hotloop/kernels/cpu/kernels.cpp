@@ -347,7 +347,8 @@ struct FixedPoint {
       for (int64_t k = 0; k < K; k++) bits = std::max<uint16_t>(bits, row[k] & 0x7fff);
       const float largest = widen(bits);
       scale[m] = largest / 32767;  // not finite if an activation is not; then nor is the output
-      const float inverse = std::isfinite(largest) && largest > 0 ? 32767 / largest : 0;
+      // Not finite if no activation is 1e-34 or larger: then all of them are 0 here.
+      const float inverse = std::isfinite(32767 / largest) ? 32767 / largest : 0;
       for (int64_t k = 0; k < K; k++) {
         values[m * K + k] = int16_t(__builtin_nearbyintf(widen(row[k]) * inverse));
       }
