@@ -155,6 +155,7 @@ def test_between_speeds_that_differ_by_noise_the_better_quality_is_picked():
     fast = record("int4-g32/compile", 60.5, spread=2, loss=0.010)
     found = recommend([REFERENCE, fast, good])
     assert found.cell == "int8/compile"
+    assert ", within noise of the fastest whose quality loss is within 0.02: " in found.why
     (why,) = found.not_chosen
     assert why.startswith("int4-g32/compile is as fast within noise, but it loses more quality, ")
     assert why.endswith("Δ ln ppl +0.0100 ± 0.0004.")

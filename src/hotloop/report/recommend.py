@@ -128,10 +128,11 @@ def recommend(
         key=lambda record: (_counted_loss(record), -_speed(record)),
     )
     bound = f", with 95% confidence below {significant(_upper_bound(chosen), 2)}"
+    place = "" if chosen is fastest else "within noise of "
     return answer(
         chosen,
-        f"it decodes {_format_speed(chosen.decode_tok_s)} tok/s{_speedup(chosen, scored)}, the "
-        f"fastest whose quality loss is within {max_delta_ln_ppl:g}: {_format_loss(chosen)}"
+        f"it decodes {_format_speed(chosen.decode_tok_s)} tok/s{_speedup(chosen, scored)}, {place}"
+        f"the fastest whose quality loss is within {max_delta_ln_ppl:g}: {_format_loss(chosen)}"
         f"{bound if _one_sided_half_width(chosen) else ''}.{_caveat(chosen)}",
         (
             f"{_compare_speeds(r, chosen)}, but {_shortfall(r, chosen, max_delta_ln_ppl)}."
