@@ -56,9 +56,12 @@ None of them starts a thread or initializes CUDA when it is imported: a fork cou
 """
 
 READ_AT_START = re.compile(
-    "(PYTHON(?!PATH$)|LC_|LANG|LD_|OMP_|GOMP_|KMP_|MKL_|OPENBLAS_|TORCH|CUDA)"
+    "(PYTHON(?!PATH$)|LC_|LANG|LD_|OMP_|GOMP_|KMP_|MKL_|OPENBLAS_|TORCH(?!INDUCTOR_CACHE_DIR$)|CUDA)"
 )
-"""Variables that the interpreter or a library reads before it runs a program."""
+"""Variables that the interpreter or a library reads before it runs a program.
+
+torch reads its cache folder whenever it compiles, and hotloop sets it.
+"""
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 

@@ -120,8 +120,11 @@ HAS_TORCH = [sys.executable, "-c", "import sys; print('torch' in sys.modules)"]
 
 
 @pytest.mark.usefixtures("forked_processes")
-def test_torch_is_imported_in_the_processes_that_a_test_file_starts():
-    assert subprocess.check_output(HAS_TORCH, timeout=HANG_S) == b"True\n"
+@pytest.mark.parametrize("given", [{}, {"TORCHINDUCTOR_CACHE_DIR": "/elsewhere"}])
+def test_torch_is_imported_in_the_processes_that_a_test_file_starts(given):
+    environment = forked.server().environment | given  # earlier tests may have changed this one's
+    found = subprocess.check_output(HAS_TORCH, env=environment, timeout=HANG_S)
+    assert found == b"True\n"
 
 
 @pytest.mark.usefixtures("forked_processes")
