@@ -123,7 +123,7 @@ class EngineLM(TemplateLM):
         return answers
 
     def _params(self, options: dict[str, Any]) -> SamplingParams:
-        options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
+        options = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
         stop: Sequence[str] = handle_stop_sequences(options.get("until"), eos=None)
         sampling: dict[str, Any] = {}
         if options.get("do_sample"):
