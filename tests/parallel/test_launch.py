@@ -127,6 +127,32 @@ def test_a_program_that_cannot_start_is_an_error_with_its_reason():
         tell(ranks, "pid").wait()
 
 
+@pytest.mark.parametrize("reached", ["before", "after"])
+def test_an_interrupt_while_the_watch_starts_ends_the_ranks_and_then_the_watch(
+    monkeypatch, reached
+):
+    threads, really_start = [], threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        threads.append(thread)
+        if reached == "after":
+            really_start(thread)
+        raise KeyboardInterrupt
+
+    ranks = [start_rank("parallel_program", rank) for rank in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Ranks(ranks)
+    (thread,) = threads
+    if reached == "after":
+        assert not thread.is_alive()
+    else:
+        thread.run()  # as the system does once it finds the time: nothing is left to watch
+    assert not any(alive(rank.process.pid) for rank in ranks)
+    assert all(rank.log.closed and rank.connection.closed for rank in ranks)
+
+
 @pytest.mark.parametrize(
     ("stopped", "who"),
     [

@@ -148,7 +148,11 @@ class Ranks:
         self._watch = _Watch(ranks)
         thread = threading.Thread(target=self._watch.run, name="hotloop ranks", daemon=True)
         self._finalizer = weakref.finalize(self, _end, self._watch, thread, os.getpid())
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:  # KeyboardInterrupt: the thread may run already
+            self.end()
+            raise
 
     def send_to_all(self, command: Any, *, phase: str) -> Reply:
         """Sends a command to every rank.
@@ -266,6 +270,8 @@ class _Watch:
         """Delivers the ranks' messages, until a rank fails or all are ended."""
         failures: dict[Rank, Failure | None] = {}  # None: it died without a message
         deadline = float("inf")
+        if self.ended:  # before this thread could be joined: the ranks may be closed
+            return
         while not failures or (
             all(failure and failure.by_peer for failure in failures.values())
             and time.monotonic() < deadline
@@ -342,7 +348,7 @@ def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:
     watch.end()
     for rank in watch.ranks:
         rank.release()
-    with suppress(RuntimeError):  # the thread itself may run this finalizer
+    with suppress(RuntimeError):  # the thread runs this itself, or has not reached ``run`` yet
         thread.join()
     for rank in watch.ranks:
         rank.close()
