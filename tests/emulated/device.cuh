@@ -583,6 +583,7 @@ struct Share {
 inline Share share_among(uint32_t* counter, uint32_t n, uint32_t, int lane) {
   return {is_last_warp(counter, n, lane) ? 0 : 1 << 20, 1};
 }
+inline void leave_share(uint32_t*, uint32_t, int) {}
 template <class T> inline T load_from_l2(const T* p) { return *p; }
 
 // Other ranks' kernels run at the same time, on threads and machines of their own.

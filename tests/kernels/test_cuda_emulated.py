@@ -48,7 +48,7 @@ from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Epilogue, Prefetch, Tuning
 from hotloop.kernels.cuda.packing import Format
-from hotloop.kernels.cuda.wide import WidePlan, WideTuning
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning, pairs_units
 
 pytestmark = needs_compiler
 
@@ -283,7 +283,7 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
     rows, epilogue, norm = MANY_ROWS[name]
     n = 2 * 92 if epilogue == "swiglu" else 190  # not whole tiles, nor whole groups of them
     # Not whole pairs of units.
-    k = {16: 368, 64: 448, 128: 384}.get(KINDS[name].get("group_size"), 352)
+    k = {16: 368, 64: 448, 128: 896}.get(KINDS[name].get("group_size"), 352)
     if KINDS[name].get("scale") == "two":
         k = 384
     given = make_weight(name, n, k, generator(), paired=epilogue == "swiglu")
@@ -311,7 +311,10 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
     # Candidates for the best logit are those of other parts of the vocabulary.
     wanted = one.outputs[:1] if epilogue == "logits" else one.outputs
     for fewer, tiles, splits, ring_bytes in ((0, 2, 1, 0), (min(7, rows - 9), 1, 3, 1 << 20)):
-        wide = WideTuning(tiles=tiles, splits=splits, ring_bytes=ring_bytes, early_bytes=ring_bytes)
+        pairs = pairs_units(given.form) and tiles == 2
+        wide = WideTuning(
+            tiles=tiles, splits=splits, ring_bytes=ring_bytes, pairs=pairs, early_bytes=ring_bytes
+        )
         many = case(slice(rows - fewer), wide)
         run(many)
         for alone, found in zip(wanted, many.outputs, strict=False):

@@ -522,9 +522,8 @@ struct Share {
 };
 
 // Waits until n warps have arrived, of blocks that are all running, and divides the work that is left
-// among them. Each lane of a warp sees what the same lanes of the others wrote. `mine` is this warp's
-// number among the n warps. The counter's low half counts arrivals, and its high half departures: the
-// last warp to depart resets both.
+// among them. What a lane then loads from L2 includes what the same lanes of the others wrote before.
+// `mine` is this warp's number among the n warps. The low half of the counter counts arrivals.
 __device__ __forceinline__ Share share_among(uint32_t* counter, uint32_t n, uint32_t mine,
                                              int lane) {
   __threadfence();
@@ -535,11 +534,15 @@ __device__ __forceinline__ Share share_among(uint32_t* counter, uint32_t n, uint
     do
       asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
     while ((arrived & 0xffffu) < n);
-    if (atomicAdd(counter, 0x10000u) >> 16 == n - 1) *counter = 0;
   }
   __syncwarp();
-  __threadfence();
   return {static_cast<int>(mine), static_cast<int>(n)};
+}
+
+// To be called by each of the n warps, when nothing waits for it any more: the last one sets the
+// counter to zero. The high half of the counter counts these calls.
+__device__ __forceinline__ void leave_share(uint32_t* counter, uint32_t n, int lane) {
+  if (lane == 0 && atomicAdd(counter, 0x10000u) >> 16 == n - 1) *counter = 0;
 }
 
 // Loads from L2, past L1, what other blocks wrote during this kernel.

@@ -52,7 +52,7 @@ struct Linear {
   static constexpr int kStrandsOfLane = kSpreads ? 1 : kStrands;
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
   // Units that a warp interleaves, so that one hides the latency of the other.
-  static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
+  static constexpr int kUnitsAtOnce = kOctets == 1 && kGroups && kStaged ? 2 : 1;
   // x that is not staged is loaded in advance (software pipelining), where registers allow: for the
   // next unit; or for the next four units with plain rows, whose units have a single slice and take
   // less time than a load. With three tiles a unit takes as long as a load, so one is enough.

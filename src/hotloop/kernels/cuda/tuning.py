@@ -24,7 +24,7 @@ from hotloop.kernels.cuda.linear import Epilogue, GemmPlan, LinearPlan, Prefetch
 from hotloop.kernels.cuda.packing import TILE_ROWS, Format
 from hotloop.kernels.cuda.wide import OCTETS as WIDE_OCTETS
 from hotloop.kernels.cuda.wide import WARPS as WIDE_WARPS
-from hotloop.kernels.cuda.wide import WidePlan, WideTuning
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning, pairs_units
 
 WARPS = (8, 10, 11, 12, 14, 16, 20)
 """Candidate numbers of warps of a block; the first of equally good ones is chosen."""
@@ -83,6 +83,10 @@ all tiles and strands, and those of a group. With more, registers spill."""
 INT4_EARLY_BYTES = 16 * 1024
 """Bytes of an int4 weight whose loads a block of ``wide.cu`` issues before it waits for x. For the
 others it issues as many loads as its ring has room for, since their steps are bound by memory."""
+
+MAX_PAIRED_OCTETS = 4
+"""The most octets of rows with which a stage of ``wide.cu`` has two units: with more, too few
+stages fit."""
 
 LOADED_BYTES = 24
 """Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
@@ -251,7 +255,10 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
     choices = itertools.product(tiles, range(1, parts + 1))
     tuning = (WideTuning(tiles=tiles, splits=splits) for tiles, splits in choices)
     best = min(tuning, key=lambda wide: wide_cycles(form, rows, parts, wide, limits))
-    return dataclasses.replace(best, early_bytes=INT4_EARLY_BYTES) if form.bits == 4 else best
+    if form.bits == 4:
+        best = dataclasses.replace(best, early_bytes=INT4_EARLY_BYTES)
+    pairs = octets <= MAX_PAIRED_OCTETS and pairs_units(form)
+    return dataclasses.replace(best, pairs=pairs)
 
 
 def wide_cycles(form: Format, rows: int, parts: int, wide: WideTuning, limits: Limits) -> float:

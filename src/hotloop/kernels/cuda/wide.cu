@@ -26,8 +26,8 @@
 // Split K: where there are fewer groups of tiles than multiprocessors, several blocks share a
 // group, each with some whole parts of K. They store the parts' sums in a workspace, and of the
 // warps with the same tiles the last to arrive adds them in order and applies the epilogue. With eight
-// octets that warp would read as many bytes as a third of the group's weights: then these warps wait
-// for each other, and each adds the sums of some of the octets.
+// octets that warp would read as many bytes as a third of the group's weights: so with four octets or
+// more these warps wait for each other, and each adds the sums of some of the octets.
 //
 // Letters and fragments: see linear.cuh. An item of work is a group of tiles and a share of K; a
 // line is 64 input features of a row of x.
@@ -44,8 +44,9 @@ struct StagingArgs {
   const int* features;   // see LinearArgs
 };
 
-// x in a stage of the ring: lines of x, then sums of x.
-template <class Weight, int kOctets>
+// x in a stage of the ring: lines of x, then sums of x. kPairs: a stage has two units of a weight with
+// groups, whose copies are long then; a copy of 1 KB occupies a warp nearly as long as one of 2 KB.
+template <class Weight, int kOctets, bool kPairs>
 struct StageOf {
   static constexpr int kRows = 8 * kOctets;
   static constexpr int kUnitSlices = Weight::kUnitK / 32;
@@ -57,20 +58,25 @@ struct StageOf {
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
 
   static constexpr int kLineK = 64, kLineBytes = 128, kLineSlices = 2;
-  static constexpr int kUnits = Weight::kUnitK < kLineK ? kLineK / Weight::kUnitK : 1;
+  static constexpr int kUnits =  // of a tile
+      kPairs ? 2 : Weight::kUnitK < kLineK ? kLineK / Weight::kUnitK : 1;
   static constexpr int kLines = kUnits * Weight::kUnitK / kLineK;  // of a row
-  static_assert(kUnits == 1 || (kUnits == 2 && kUnitSlices == 1 && !kSums));
-  static constexpr int kSumGroups = !kSums ? 0 : kGroups ? kUnitGroups : 1;
+  static_assert(!kPairs || (kGroups && kLowBytes<Weight> == 0), "units that lie one behind the other");
+  static_assert(kUnits == 1 || kPairs || (kUnits == 2 && kUnitSlices == 1 && !kSums));
+  static constexpr int kSumGroups = !kSums ? 0 : kGroups ? kUnits * kUnitGroups : 1;
   static constexpr int kLinesBytes = kLines * kRows * kLineBytes;
   static constexpr int kBytes =
       kLinesBytes + static_cast<int>(sizeof(float)) * kRows * kSumGroups;
 };
 
-// Stores x as the operand of Wide. A warp has an octet of rows, and a stage, or a whole part of K
-// where its sum is one. With a norm the last blocks along x compute the factors of its rows.
-template <class Weight, int kOctets>
-struct Staging : StageOf<Weight, kOctets> {
-  using S = StageOf<Weight, kOctets>;
+// Stores x as the operand of Wide. A warp has an octet of rows, and a stage (with kPairs one of its
+// units), or a whole part of K where its sum is one. With a norm the last blocks along x compute the
+// factors of its rows.
+template <class Weight, int kOctets, bool kPairs>
+struct Staging : StageOf<Weight, kOctets, kPairs> {
+  using S = StageOf<Weight, kOctets, kPairs>;
+  static constexpr int kPieces = kPairs ? 2 : 1;  // of a stage
+  static constexpr int kPieceSlices = S::kLines * S::kLineSlices / kPieces;
 
   const StagingArgs& args;
   const int lane, octet, g, t;
@@ -94,10 +100,10 @@ struct Staging : StageOf<Weight, kOctets> {
     wait_for_predecessor();
     float x_total[2][4] = {};
     for (int i = first; i < end; i++) {
-      const int unit = first_unit + i * S::kUnits;
+      const int unit = first_unit + i * S::kUnits / kPieces, stage = i / kPieces;
       if (unit >= end_unit) return;
-      uint8_t* to = args.operand + static_cast<int64_t>(part * args.part_stages + i) * S::kBytes;
-      store_stage(unit, end_unit, to, x_total);
+      uint8_t* to = args.operand + static_cast<int64_t>(part * args.part_stages + stage) * S::kBytes;
+      store_piece(unit, i % kPieces, end_unit, to, x_total);
     }
   }
 
@@ -115,14 +121,14 @@ struct Staging : StageOf<Weight, kOctets> {
 
   // Beyond the last row and feature, and the last unit of the part, x is zeros, because padding of
   // the weights need not be.
-  __device__ __forceinline__ void store_stage(int unit, int end_unit, uint8_t* to,
+  __device__ __forceinline__ void store_piece(int unit, int piece, int end_unit, uint8_t* to,
                                               float x_total[2][4]) const {
     const int row = 8 * octet + g, k = unit * Weight::kUnitK + 8 * t;
     const int end_k = min(end_unit * Weight::kUnitK, args.k);
     const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
-    uint4 x[S::kLines * S::kLineSlices];
+    uint4 x[kPieceSlices];
 #pragma unroll
-    for (int i = 0; i < S::kLines * S::kLineSlices; i++)
+    for (int i = 0; i < kPieceSlices; i++)
       if constexpr (S::kSliceGroups == 2) {
         x[i] = {0, 0, 0, 0};
         if (row < args.rows)
@@ -137,10 +143,11 @@ struct Staging : StageOf<Weight, kOctets> {
                    : uint4{0, 0, 0, 0};
       }
 #pragma unroll
-    for (int i = 0; i < S::kLines * S::kLineSlices; i++) {
+    for (int i = 0; i < kPieceSlices; i++) {
       const uint4 operand = scale_input<Weight>(x[i]);
-      uint8_t* line = to + (i / S::kLineSlices * S::kRows + row) * S::kLineBytes;
-      store_slice(line, i % S::kLineSlices, operand);
+      const int slice = piece * kPieceSlices + i;
+      uint8_t* line = to + (slice / S::kLineSlices * S::kRows + row) * S::kLineBytes;
+      store_slice(line, slice % S::kLineSlices, operand);
       if constexpr (S::kSums) {
         const bool begins = S::kGroups && i % S::kGroupSlices == 0;
         const bool ends = S::kGroups ? i % S::kGroupSlices == S::kGroupSlices - 1
@@ -148,7 +155,7 @@ struct Staging : StageOf<Weight, kOctets> {
         if (begins) clear(x_total);
         add_x<Weight>(x_total, operand);
         if (ends && g == 0) {
-          const int group = S::kGroups ? i / S::kGroupSlices * S::kSliceGroups : 0;
+          const int group = S::kGroups ? slice / S::kGroupSlices * S::kSliceGroups : 0;
           float* sums = reinterpret_cast<float*>(to + S::kLinesBytes) + group * S::kRows;
 #pragma unroll
           for (int half = 0; half < S::kSliceGroups; half++)
@@ -174,18 +181,18 @@ struct Staging : StageOf<Weight, kOctets> {
   }
 };
 
-template <class Weight, int kOctets>
+template <class Weight, int kOctets, bool kPairs>
 __device__ __forceinline__ void stage_x(const StagingArgs& args) {
-  Staging<Weight, kOctets>(args, threadIdx.x, blockIdx.z).run();
+  Staging<Weight, kOctets, kPairs>(args, threadIdx.x, blockIdx.z).run();
 }
 
 // kTiles: tiles of each warp that multiplies. kOctets: octets of x. kHasNext: the result, or with a
 // norm epilogue its prescaled input, is stored as the operand of the next matrix product. kShares:
 // blocks share K.
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
-          bool kShares>
-struct Wide : StageOf<Weight, kOctets> {
-  using S = StageOf<Weight, kOctets>;
+          bool kShares, bool kPairs>
+struct Wide : StageOf<Weight, kOctets, kPairs> {
+  using S = StageOf<Weight, kOctets, kPairs>;
   using S::kGroups, S::kGroupSlices, S::kLineBytes, S::kLineSlices, S::kRows, S::kSums, S::kUnits;
   using S::kSliceGroups, S::kStrands, S::kUnitGroups, S::kUnitSlices;
 
@@ -200,7 +207,7 @@ struct Wide : StageOf<Weight, kOctets> {
   // Registers of a thread, in multiples of eight, of 504 for the three warpgroups.
   static constexpr int kMultiplyRegisters = 232, kLoadRegisters = 40;
 
-  static constexpr bool kSharesSums = kShares && kOctets == 8;  // over four it is slower
+  static constexpr bool kSharesSums = kShares && kOctets >= 4;
 
   static constexpr bool kComputesFactors = kNorm && Weight::kPlainRows;  // of the norm
 
@@ -445,15 +452,14 @@ struct Wide : StageOf<Weight, kOctets> {
           add_part(sums[0], part == 0);
       }
       Share share = {0, 1};
-      if constexpr (kShares) {
-        uint32_t* counter = args.counters + item.group * kWarps + warp;
-        // The blocks of a group are all running: there are no more blocks than multiprocessors.
-        if constexpr (kSharesSums)
-          share = share_among(counter, args.splits, item.split, lane);
-        else if (!is_last_warp(counter, args.splits, lane))
-          continue;
-      }
+      uint32_t* counter = args.counters + item.group * kWarps + warp;
+      // The blocks of a group are all running: there are no more blocks than multiprocessors.
+      if constexpr (kSharesSums)
+        share = share_among(counter, args.splits, item.split, lane);
+      else if constexpr (kShares)
+        if (!is_last_warp(counter, args.splits, lane)) continue;
       run_epilogue(tile, share);
+      if constexpr (kSharesSums) leave_share(counter, args.splits, lane);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) end_best();
   }
@@ -502,15 +508,22 @@ struct Wide : StageOf<Weight, kOctets> {
       const uint8_t* weights = weights_of(stage.index) + warp * kTiles * kTileBytes;
       const uint64_t x = rows_operand(x_of(stage.index));
       x_sums = x_sums_of(stage.index) + 2 * t;
+      if constexpr (kGroups) {
+#pragma unroll 1
+        for (int i = 0; i < min(kUnits, end_unit - unit); i++)
 #pragma unroll
-      for (int r = 0; r < kTiles; r++)
-        if constexpr (kGroups)
+          for (int r = 0; r < kTiles; r++)
 #pragma unroll
-          for (int group = 0; group < kUnitGroups; group += kSliceGroups)
-            multiply_groups(weights + r * kTileBytes, x, x_sums + group * kRows, group,
-                            sums[group / kSliceGroups][r]);
-        else
+            for (int group = 0; group < kUnitGroups; group += kSliceGroups)
+              multiply_groups(weights + r * kTileBytes + i * Weight::kUnitBytes,
+                              slice_of(x, i * kUnitSlices),
+                              x_sums + (i * kUnitGroups + group) * kRows, group,
+                              sums[group / kSliceGroups][r]);
+      } else {
+#pragma unroll
+        for (int r = 0; r < kTiles; r++)
           multiply_units(weights + r * kTileBytes, x, end_unit - unit, sums[0][r]);
+      }
       unit += kUnits;
       if (unit >= end_unit) break;
       release(stage);
@@ -752,14 +765,15 @@ struct Wide : StageOf<Weight, kOctets> {
 };
 
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
-          bool kShares>
+          bool kShares, bool kPairs>
 __device__ __forceinline__ void wide(const LinearArgs& args) {
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares>::run(args, nullptr);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares, kPairs>::run(args, nullptr);
 }
 
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
-          bool kShares>
+          bool kShares, bool kPairs>
 __device__ __forceinline__ void wide(const PlainRowsArgs& args) {
   if (threadIdx.x == 0) prefetch_map(&args.map);
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares>::run(args.linear, &args.map);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares, kPairs>::run(args.linear,
+                                                                               &args.map);
 }

@@ -46,12 +46,14 @@ class WideTuning:
         splits: Blocks that share K; at most as many as it has parts.
         ring_bytes: The most shared memory of a block for copies in flight.
         early_bytes: Bytes of weights that a block issues before it waits for x, in whole stages.
+        pairs: A stage has two units of a tile: of a weight with groups whose units lie together.
     """
 
     tiles: int = 1
     splits: int = 1
     ring_bytes: int = 1 << 20
     early_bytes: int = 1 << 20
+    pairs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class WidePlan(GemmPlan):
         super().__post_init__()
         assert not self.has_next or self.epilogue in ("plain", "swiglu"), f"{self.epilogue}"
         assert 1 <= self.wide.splits <= self.tuning.warps, "each split has a part of K"
+        assert not self.wide.pairs or pairs_units(self.form), f"pairs of {self.form}"
 
     @property
     def octets(self) -> int:
@@ -121,12 +124,12 @@ class WidePlan(GemmPlan):
     @property
     def box(self) -> tuple[int, int]:
         """The units of a stage, and tiles."""
-        return stage_units(self.form), _BOX_TILES
+        return self._stage_units, _BOX_TILES
 
     @property
     def settings(self) -> Mapping[str, int]:
         """The kernel arguments that divide the ring, and K among blocks."""
-        ring = {"stages": self.stages, "units_per_stage": stage_units(self.form)}
+        ring = {"stages": self.stages, "units_per_stage": self._stage_units}
         split = {"splits": self.wide.splits, "part_stages": self.part_stages}
         early = max(1, min(self.stages, self.wide.early_bytes // self._weight_bytes))
         return {**split, **ring, "source_rows": 0, "early_stages": early}
@@ -135,7 +138,7 @@ class WidePlan(GemmPlan):
     def part_stages(self) -> int:
         """Stages of a part of K, at most."""
         units = -(-self.form.units // self.tuning.warps)
-        return -(-units // stage_units(self.form))
+        return -(-units // self._stage_units)
 
     @property
     def operand_bytes(self) -> int:
@@ -165,7 +168,7 @@ class WidePlan(GemmPlan):
         cannot store the zeros that fill an incomplete stage. For packed weights x must be scaled,
         and for most of them summed, which a separate kernel does in less time.
         """
-        parts, step = self.tuning.warps, stage_units(self.form)
+        parts, step = self.tuning.warps, self._stage_units
         firsts = (self.form.units * part // parts for part in range(parts + 1))
         return self.form.plain_rows and all(unit % step == 0 for unit in firsts)
 
@@ -211,12 +214,12 @@ class WidePlan(GemmPlan):
             features=features_K,
         )
         one_sum = self.form.needs_sums and self.form.group_size is None  # of a whole part
-        stages = 1 if one_sum else self.part_stages
+        pieces = 1 if one_sum else self.part_stages * (2 if self.wide.pairs else 1)
         kernel = self.staging_kernel
         return Call(
             kernel=kernel,
             grid=(
-                stages + self._stages_factors,
+                pieces + self._stages_factors,
                 self.tuning.warps,
                 32 * self.octets // kernel.threads,
             ),
@@ -229,9 +232,9 @@ class WidePlan(GemmPlan):
     def staging_kernel(self) -> Kernel:
         """The kernel of ``staging``."""
         return Kernel(
-            name=f"stage_x_{self.form.label}_c{self.octets}",
+            name=f"stage_x_{self.form.label}_c{self.octets}{'_pairs' * self.wide.pairs}",
             file="wide.cu",
-            function=f"stage_x<{self.form.struct}, {self.octets}>",
+            function=f"stage_x<{self.form.struct}, {self.octets}, {str(self.wide.pairs).lower()}>",
             args="StagingArgs",
             threads=32 * min(self.octets, 4),
         )
@@ -242,11 +245,16 @@ class WidePlan(GemmPlan):
         return self.staging_kernel, self.kernel
 
     @property
+    def _stage_units(self) -> int:
+        """Units of a tile in a stage, ``kUnits`` of ``wide.cu``."""
+        return 2 if self.wide.pairs else max(1, _LINE // self.form.unit_k)
+
+    @property
     def _x_bytes(self) -> int:
         """``StageOf::kBytes`` of ``wide.cu``: x and sums of x in a stage."""
-        form, rows = self.form, 8 * self.octets
-        groups = form.unit_k // (form.group_size or form.unit_k) if form.needs_sums else 0
-        return 2 * rows * stage_units(form) * form.unit_k + 4 * rows * groups
+        form, rows, k = self.form, 8 * self.octets, self._stage_units * self.form.unit_k
+        groups = k // form.group_size if form.group_size else 1
+        return 2 * rows * k + (4 * rows * groups if form.needs_sums else 0)
 
     @property
     def _stage_bytes(self) -> int:
@@ -256,7 +264,7 @@ class WidePlan(GemmPlan):
     @property
     def _weight_bytes(self) -> int:
         """Bytes of weights in a stage."""
-        return WARPS * self.wide.tiles * stage_units(self.form) * self.form.unit_bytes
+        return WARPS * self.wide.tiles * self._stage_units * self.form.unit_bytes
 
     @property
     def _barrier_bytes(self) -> int:
@@ -281,6 +289,7 @@ class WidePlan(GemmPlan):
         """The instance of ``wide.cu``."""
         form, tiles, octets = self.form, self.wide.tiles, self.octets
         flags = {"norm": self.norm, "next": self.has_next, "shared": self.wide.splits > 1}
+        flags["pairs"] = self.wide.pairs
         features = "".join(f"_{name}" for name, flag in flags.items() if flag)
         switches = ", ".join(str(flag).lower() for flag in flags.values())
         epilogue = EPILOGUES[self.epilogue]
@@ -293,11 +302,11 @@ class WidePlan(GemmPlan):
         )
 
 
+def pairs_units(form: Format) -> bool:
+    """Tells whether a stage can have two units of a weight: short ones of groups."""
+    return form.group_size is not None and form.kind != "nested" and form.unit_bytes < 1536
+
+
 def max_counters(form: Format) -> int:
     """Returns the most ``n_counters`` of a plan for a weight."""
     return form.tiles + WARPS
-
-
-def stage_units(form: Format) -> int:
-    """Returns the units of a tile in a stage, ``kUnits`` of ``wide.cu``."""
-    return max(1, _LINE // form.unit_k)
