@@ -384,11 +384,12 @@ def test_many_rows_on_an_h200_take_a_kernel_of_their_own_and_have_the_same_bits(
 
 
 @torch.inference_mode()
-def test_what_computes_many_rows_stores_them_as_the_next_product_by_plain_rows_reads_them():
+@pytest.mark.parametrize("scheme", ["none", "int4-g128"])
+def test_what_computes_many_rows_stores_them_as_the_next_product_reads_them(scheme):
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny)
     keys |= {"hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
     keys |= {"num_attention_heads": 8, "num_key_value_heads": 2}
-    model = Model(keys, "none", "none", torch.bfloat16, fused=True)
+    model = Model(keys, scheme, "none", torch.bfloat16, fused=True)
     h200 = dataclasses.replace(EmulatedDevice.limits, warpgroups=True, bytes_per_s=4.8e12)
     rows = torch.arange(18).view(2, 9)
     results = []

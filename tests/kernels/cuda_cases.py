@@ -38,7 +38,7 @@ from hotloop.kernels.cuda.linear import (
 from hotloop.kernels.cuda.packing import Format, high_plane, pack
 from hotloop.kernels.cuda.prompt import GemmOutput
 from hotloop.kernels.cuda.sample import MAX_CANDIDATES, sample
-from hotloop.kernels.cuda.wide import WidePlan, WideTuning
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning, pairs_units
 from hotloop.kernels.linear import Fused, LinearSpec
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.quant.encodings.compressed_tensors import FP4
@@ -348,18 +348,32 @@ def linear_case(
     )
 
 
-NEXT_OPERANDS = {"plain": 3, "int8": 4, "swiglu": 6, "attention": 12}
-"""Kernels that compute x of a matrix product by plain rows, and the parts of its K."""
+NEXT_OPERANDS = {
+    ("plain", "plain rows"): 3,
+    ("int8", "plain rows"): 4,
+    ("swiglu", "plain rows"): 6,
+    ("attention", "plain rows"): 12,
+    ("plain", "int4-g128"): 4,  # of two units and of one
+    ("int8", "int4-g32-asym"): 3,
+    ("swiglu", "int4-g128"): 5,
+    ("attention", "int4-g128"): 1,
+    ("attention", "mxfp4"): 4,
+    ("plain", "fp8"): 5,
+    ("swiglu", "Q5_K"): 2,
+    ("plain", "int8-g32"): 3,
+}
+"""The kernels that compute x of a matrix product, the weight of the latter, and the parts of K."""
 
 
 def next_operand_cases(
-    by: str, rows: int, seed: int, device: torch.device | str, limits: Limits
+    by: str, reader: str, rows: int, seed: int, device: torch.device | str, limits: Limits
 ) -> tuple[Case, Case, Call, Tensor, Tensor]:
     """The kernels that compute x of a matrix product, which store it as that product reads it.
 
     Args:
-        by: One of ``NEXT_OPERANDS``: a product by plain rows, or in int8, with a norm epilogue; one
-            with SwiGLU; or attention.
+        by: What computes x: a product by plain rows, or in int8, with a norm epilogue; one with
+            SwiGLU; or attention.
+        reader: The weight of the product that reads x; with ``by`` one of ``NEXT_OPERANDS``.
         rows: M, a multiple of 3.
         seed: Of inputs.
         device: Of all tensors.
@@ -369,9 +383,10 @@ def next_operand_cases(
         The kernel without and with that, the launch that stages what the first has stored, and both
         operands.
     """
-    norm, form = by in ("plain", "int8"), Format(**PLAIN_ROWS, n=64, k=768)
-    tuning = Tuning(warps=NEXT_OPERANDS[by])
-    plan = WidePlan(form=form, rows=rows, norm=norm, tuning=tuning, limits=limits)
+    norm, kind = by in ("plain", "int8"), PLAIN_ROWS if reader == "plain rows" else KINDS[reader]
+    form, tuning = Format(**kind, n=64, k=768), Tuning(warps=NEXT_OPERANDS[by, reader])
+    wide = WideTuning(pairs=rows <= 32 and pairs_units(form), direct=True)
+    plan = WidePlan(form=form, rows=rows, norm=norm, tuning=tuning, limits=limits, wide=wide)
     # Rows that do not exist are not written.
     staged, stored = (
         torch.zeros(plan.operand_bytes, dtype=torch.uint8, device=device) for _ in range(2)

@@ -27,7 +27,7 @@ from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.sample import sample_kernel
-from hotloop.kernels.cuda.wide import WidePlan, WideTuning
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning, can_be_direct
 
 LIMITS = Limits(n_sms=132, shared_bytes=227 * 1024)
 ROWS = "plain rows"
@@ -100,7 +100,11 @@ def wide_kernels(name: str) -> list[Kernel]:
             epilogue=epilogue,
             norm=epilogue != "plain",
             limits=LIMITS,
-            wide=WideTuning(tiles=tiles, splits=2 if epilogue == "plain" else 1),
+            wide=WideTuning(
+                tiles=tiles,
+                splits=2 if epilogue == "plain" else 1,
+                direct=epilogue == "swiglu" and can_be_direct(form),
+            ),
             has_next=epilogue != "logits",
         )
         kernels += plan.kernels

@@ -48,7 +48,8 @@ from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Epilogue, Prefetch, Tuning
 from hotloop.kernels.cuda.packing import Format
-from hotloop.kernels.cuda.wide import WidePlan, WideTuning, pairs_units
+from hotloop.kernels.cuda.tuning import wide_tuning
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning, can_be_direct, pairs_units
 
 pytestmark = needs_compiler
 
@@ -312,8 +313,14 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
     wanted = one.outputs[:1] if epilogue == "logits" else one.outputs
     for fewer, tiles, splits, ring_bytes in ((0, 2, 1, 0), (min(7, rows - 9), 1, 3, 1 << 20)):
         pairs = pairs_units(given.form) and tiles == 2
+        direct = can_be_direct(given.form) and tiles == 2
         wide = WideTuning(
-            tiles=tiles, splits=splits, ring_bytes=ring_bytes, pairs=pairs, early_bytes=ring_bytes
+            tiles=tiles,
+            splits=splits,
+            ring_bytes=ring_bytes,
+            pairs=pairs,
+            early_bytes=ring_bytes,
+            direct=direct,
         )
         many = case(slice(rows - fewer), wide)
         run(many)
@@ -321,10 +328,13 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
             assert torch.equal(alone[0], found[rows // 2]), f"{wide}"
 
 
-@pytest.mark.parametrize(("by", "rows"), [("plain", 12), *((by, 33) for by in NEXT_OPERANDS)])
-def test_what_computes_x_of_plain_rows_stores_the_operand_that_staging_would(by, rows):
+@pytest.mark.parametrize("rows", [12, 33])
+@pytest.mark.parametrize(("by", "reader"), NEXT_OPERANDS)
+def test_what_computes_x_stores_the_operand_that_staging_would(by, reader, rows):
     large = Limits(n_sms=5, shared_bytes=227 * 1024)
-    plainly, directly, staging, staged, stored = next_operand_cases(by, rows, rows, "cpu", large)
+    plainly, directly, staging, staged, stored = next_operand_cases(
+        by, reader, rows, rows, "cpu", large
+    )
     run(plainly)
     emulate(staging)
     if directly.staging is not None:
@@ -337,14 +347,18 @@ def test_what_computes_x_of_plain_rows_stores_the_operand_that_staging_would(by,
             assert torch.equal(plainly.outputs[i], directly.outputs[i])
 
 
-def test_x_is_stored_before_the_product_for_plain_rows_in_parts_of_whole_stages():
-    def plan(kind: dict[str, Any], parts: int) -> WidePlan:
-        form, large = Format(**kind, n=64, k=768), Limits(n_sms=2, shared_bytes=227 * 1024)
-        return WidePlan(form=form, rows=17, tuning=Tuning(warps=parts), limits=large)
+def test_sums_over_parts_of_k_and_padding_and_gathered_columns_need_a_kernel_that_stages_x():
+    def plan(kind: dict[str, Any], parts: int, k: int = 768) -> WidePlan:
+        form, large = Format(**kind, n=64, k=k), Limits(n_sms=2, shared_bytes=227 * 1024)
+        settings = {"rows": 17, "tuning": Tuning(warps=parts), "limits": large}
+        return WidePlan(form=form, wide=wide_tuning(form, 17, parts, large), **settings)
 
     assert plan(PLAIN_ROWS, 3).is_staged_before
     assert not plan(PLAIN_ROWS, 5).is_staged_before  # parts of an odd number of units
-    for name in ("bf16", "int8", "fp8", "int4-g128"):
+    for name in ("int4-g128", "int4-g32-asym", "fp8", "mxfp4", "Q5_K"):
+        assert plan(KINDS[name], 5).is_staged_before, name
+    assert not plan(KINDS["int4-g64"], 3, k=704).is_staged_before  # half a unit is padding
+    for name in ("int8", "gptq-act-order", "int4-g16-zeros"):
         assert not plan(KINDS[name], 3).is_staged_before, name
 
 

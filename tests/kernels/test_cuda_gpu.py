@@ -37,7 +37,7 @@ from hotloop.kernels.cuda.compile import unavailable_reason
 from hotloop.kernels.cuda.launch import Device
 from hotloop.kernels.cuda.linear import Prefetch, Tuning
 from hotloop.kernels.cuda.tuning import attention_tuning
-from hotloop.kernels.cuda.wide import WideTuning, pairs_units
+from hotloop.kernels.cuda.wide import WideTuning, can_be_direct, pairs_units
 
 REASON = "no CUDA device" if not torch.cuda.is_available() else unavailable_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -117,7 +117,11 @@ def test_many_rows_have_the_bits_of_a_row_alone(device, name, rows, splits):
     pairs = pairs_units(weight.form) and rows < 64
     early_bytes = 0 if rows == 24 else 1 << 20
     wide = WideTuning(
-        tiles=2 if rows == 24 else 1, splits=splits, pairs=pairs, early_bytes=early_bytes
+        tiles=2 if rows == 24 else 1,
+        splits=splits,
+        pairs=pairs,
+        early_bytes=early_bytes,
+        direct=can_be_direct(weight.form) and splits == 1,
     )
     case = linear_case(weight, rows, generator(device, 2), x_MK=x, wide=wide, **settings)
     assert_right_and_the_same_with_dependent_launch(device, case)
@@ -129,12 +133,12 @@ def test_many_rows_have_the_bits_of_a_row_alone(device, name, rows, splits):
 
 
 @pytest.mark.parametrize("rows", [18, 63])
-@pytest.mark.parametrize("by", NEXT_OPERANDS)
-def test_many_rows_of_x_are_stored_as_staging_would(device, by, rows):
+@pytest.mark.parametrize(("by", "reader"), NEXT_OPERANDS)
+def test_many_rows_of_x_are_stored_as_staging_would(device, by, reader, rows):
     if not device.limits.warpgroups:
         pytest.skip("wide.cu is for Hopper")
     plainly, directly, staging, staged, stored = next_operand_cases(
-        by, rows, rows, device.device, device.limits
+        by, reader, rows, rows, device.device, device.limits
     )
     assert_right_and_the_same_with_dependent_launch(device, plainly)
     for call in (staging, directly.staging, directly.call):

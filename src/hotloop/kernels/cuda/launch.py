@@ -89,7 +89,7 @@ class Arguments(ctypes.Structure):
 
     @classmethod
     def of(
-        cls, **values: Tensor | float | ctypes.Structure | None
+        cls, **values: Tensor | float | ctypes.Structure | ctypes.Array[Any] | None
     ) -> tuple[Arguments, tuple[Tensor, ...]]:
         """Returns the struct, and the tensors that it points into."""
         assert values.keys() == cls._names, f"{sorted(values)} for {sorted(cls._names)}"

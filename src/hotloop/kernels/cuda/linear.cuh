@@ -328,9 +328,16 @@ struct Output {
       return;
     }
     const bf16 y = narrow(args.residual != nullptr ? value + residual : value);
-    *(kHasNext && kEpilogue == kSwiGLU ? next : static_cast<bf16*>(args.y) + at) = y;
+    if constexpr (kHasNext && kEpilogue == kSwiGLU)
+      *next = args.next_operand.scaled(y, g);
+    else
+      static_cast<bf16*>(args.y)[at] = y;
     if (kEpilogue == kPlain && args.next_norm != nullptr) {
-      *(kHasNext ? next : args.next_x + at) = narrow(widen(y) * next_norm);
+      const bf16 prescaled = narrow(widen(y) * next_norm);
+      if constexpr (kHasNext)
+        *next = args.next_operand.scaled(prescaled, g);
+      else
+        args.next_x[at] = prescaled;
       squares = fmaf(widen(y), widen(y), squares);
     }
   }

@@ -206,7 +206,9 @@ class NextOperandArguments(Arguments):
 
     _fields_ = (
         ("bytes", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("units", "parts", "part_stages", "rows")),
+        *((name, ctypes.c_int) for name in ("units", "parts", "part_stages")),
+        *((name, ctypes.c_int) for name in ("unit_shift", "stage_shift", "rows")),
+        ("scales", ctypes.c_uint32 * 2),
     )
 
 
@@ -215,18 +217,25 @@ class NextOperand:
     """x in the layout of ``wide.cu``, stored by the kernel that computes x; see ``operand.cuh``.
 
     Attributes:
-        operand: uint8 [parts, part_stages, rows, 128], written.
+        operand: uint8 [parts, part_stages, lines of a stage, rows, 128], written.
         units: Units of K.
+        unit_k: Input features of a unit.
         parts: Parts into which K is divided.
         part_stages: Stages of a part, at most.
+        stage_units: Units of a stage.
         rows: Rows of a stage, in whole octets.
+        scales: Factors of x: for the pairs 0 and 2 of eight features, and for 1 and 3; each is the
+            bits of two bfloat16.
     """
 
     operand: Tensor
     units: int
+    unit_k: int
     parts: int
     part_stages: int
+    stage_units: int
     rows: int
+    scales: tuple[int, int]
 
     @classmethod
     def arguments_of(cls, operand: NextOperand | None) -> tuple[Arguments, tuple[Tensor, ...]]:
@@ -238,7 +247,10 @@ class NextOperand:
             units=operand.units,
             parts=operand.parts,
             part_stages=operand.part_stages,
+            unit_shift=operand.unit_k.bit_length() - 1,
+            stage_shift=operand.stage_units.bit_length() - 1,
             rows=operand.rows,
+            scales=(ctypes.c_uint32 * 2)(*operand.scales),
         )
 
 

@@ -10,14 +10,16 @@
 
 #include "pointwise.cuh"
 
-// The place where the kernel that computes x stores it for the next matrix product, if that product's
-// weight is plain rows. A unit has 32 features of K, a stage two units, and every part of K whole
-// stages.
+// The place where the kernel that computes x stores it for the next matrix product, whose weight has
+// whole units of K.
 struct NextOperand {
-  uint8_t* bytes;         // [parts, part_stages, rows, 128]
+  uint8_t* bytes;         // [parts, part_stages, lines of a stage, rows, 128]
   uint32_t units, parts;  // of K
   int part_stages;        // stages of a part, at most
+  int unit_shift;         // log2 of the input features of a unit
+  int stage_shift;        // log2 of the units of a stage
   int rows;               // of x in a stage, in whole octets
+  uint32_t scales[2];     // factors of pairs 0 and 2, and of pairs 1 and 3: two of bfloat16 each
 
   // Where features k to k + 7 lie, k a multiple of 8: lane t's words of a slice.
   struct Place {
@@ -26,11 +28,14 @@ struct NextOperand {
   };
 
   __device__ __forceinline__ Place place(int k) const {
-    const uint32_t unit = k / 32, part = ((unit + 1) * parts - 1) / units;
-    const uint32_t of_part = unit - units * part / parts;
-    const int line = part * part_stages + of_part / 2;
-    return {bytes + static_cast<int64_t>(line) * rows * 128 + (k & 24) / 2,
-            static_cast<int>(of_part % 2 * 4)};
+    const uint32_t unit = k >> unit_shift, part = ((unit + 1) * parts - 1) / units;
+    const int of_part = unit - units * part / parts, shift = unit_shift + stage_shift;
+    const int stage = part * part_stages + (of_part >> stage_shift);
+    const int of_unit = k & ((1 << unit_shift) - 1);
+    const int of_stage = ((of_part << unit_shift) + of_unit) & ((1 << shift) - 1);
+    const int line = (stage << (shift - 6)) + (of_stage >> 6);
+    return {bytes + static_cast<int64_t>(line) * rows * 128 + (of_stage & 24) / 2,
+            (of_stage & 32) / 8};
   }
 
   // Feature i of the eight, in a row. The same feature eight rows further on is 1024 bytes further on.
@@ -39,9 +44,14 @@ struct NextOperand {
            i % 2;
   }
 
+  // Feature i of the eight, as it is stored.
+  __device__ __forceinline__ bf16 scaled(bf16 x, int i) const {
+    return static_cast<bf16>(times(x, scales[i / 2 % 2]));
+  }
+
   // Stores pair j of the eight.
-  static __device__ __forceinline__ void store_pair(const Place& at, int row, int j,
-                                                    uint32_t pair) {
-    *reinterpret_cast<uint32_t*>(feature(at, row, 2 * j)) = pair;
+  __device__ __forceinline__ void store_pair(const Place& at, int row, int j,
+                                             uint32_t pair) const {
+    *reinterpret_cast<uint32_t*>(feature(at, row, 2 * j)) = times(pair, scales[j % 2]);
   }
 };

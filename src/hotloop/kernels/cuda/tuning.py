@@ -24,7 +24,7 @@ from hotloop.kernels.cuda.linear import Epilogue, GemmPlan, LinearPlan, Prefetch
 from hotloop.kernels.cuda.packing import TILE_ROWS, Format
 from hotloop.kernels.cuda.wide import OCTETS as WIDE_OCTETS
 from hotloop.kernels.cuda.wide import WARPS as WIDE_WARPS
-from hotloop.kernels.cuda.wide import WidePlan, WideTuning, pairs_units
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning, can_be_direct, pairs_units
 
 WARPS = (8, 10, 11, 12, 14, 16, 20)
 """Candidate numbers of warps of a block; the first of equally good ones is chosen."""
@@ -87,6 +87,11 @@ others it issues as many loads as its ring has room for, since their steps are b
 MAX_PAIRED_OCTETS = 4
 """The most octets of rows with which a stage of ``wide.cu`` has two units: with more, too few
 stages fit."""
+
+MAX_DIRECT_SUMS = 4 * 4096
+"""The most octets of rows times input features that a block of ``wide.cu`` sums itself, so that no
+kernel before it need do so. With 32 rows on an H200, a step of 8b in int4 gains, where they are at
+most 16,384, and one of 13b loses, where they are 18,432 or more in three of four projections."""
 
 LOADED_BYTES = 24
 """Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
@@ -258,16 +263,29 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
     if form.bits == 4:
         best = dataclasses.replace(best, early_bytes=INT4_EARLY_BYTES)
     pairs = octets <= MAX_PAIRED_OCTETS and pairs_units(form)
-    return dataclasses.replace(best, pairs=pairs)
+    features = form.unit_k * _block_items(form, best, limits) * _item_units(form, parts, best)
+    few_sums = not form.needs_sums or octets * features <= MAX_DIRECT_SUMS
+    # Otherwise the kernel before cannot store x; the staging kernel does, and may as well sum it.
+    can_be_stored = not form.permuted and form.k % form.unit_k == 0 and can_be_direct(form)
+    return dataclasses.replace(best, pairs=pairs, direct=can_be_stored and few_sums)
+
+
+def _block_items(form: Format, wide: WideTuning, limits: Limits) -> int:
+    """Returns the items of the block of ``wide.cu`` that has the most."""
+    groups = -(-form.tiles // (WIDE_WARPS * wide.tiles))
+    return -(-groups * wide.splits // limits.n_sms)
+
+
+def _item_units(form: Format, parts: int, wide: WideTuning) -> int:
+    """Returns the units of K of the item that has the most."""
+    return -(-parts // wide.splits) * -(-form.units // parts)
 
 
 def wide_cycles(form: Format, rows: int, parts: int, wide: WideTuning, limits: Limits) -> float:
     """Estimates the clock cycles of a matrix product by ``wide.cu``; see ``wide_tuning``."""
     octets = next(c for c in WIDE_OCTETS if rows <= 8 * c)
     tiles = WIDE_WARPS * wide.tiles
-    groups = -(-form.tiles // tiles)
-    items = -(-groups * wide.splits // limits.n_sms)  # of the block with the most
-    units = -(-parts // wide.splits) * -(-form.units // parts)  # of an item
+    items, units = _block_items(form, wide, limits), _item_units(form, parts, wide)
     loading = (tiles * form.unit_bytes + 16 * octets * form.unit_k) / LOADED_BYTES
     multiplying = wide.tiles * (INT4_CYCLES + OCTET_CYCLES * octets) * form.unit_k / 128
     if form.group_size is None:

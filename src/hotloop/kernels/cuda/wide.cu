@@ -6,16 +6,16 @@
 // dequantize the weights into registers, each once, and multiply them by all rows with wgmma, which
 // reads x from shared memory. The warps of a third warpgroup issue the copies into the ring.
 //
-// The kernel before it (Staging) stores x in that layout (operand.cuh), once for all blocks: scaled as
-// the weight type needs it, with the features in the order of the weights' fragments, permuted against
-// bank conflicts, and with the sums of x for the zero points. So one bulk copy loads a stage's part of
-// x. Other blocks of Staging compute the factors of an RMS norm at the same time. A block of Staging
-// is small enough to be resident on a multiprocessor together with a block of Wide.
-//
-// Weights in plain rows need x neither scaled nor reordered. So the kernel that computes x stores it
-// in that layout itself, and no Staging runs between the two. Exceptions: x is a sum over ranks or over
-// products, or parts of K end within a stage. The warps that multiply then compute the factors of a
-// norm, while they wait for x.
+// x comes to it in one of two ways. With kDirect the kernel that computes x stores it in that layout
+// (operand.cuh), once for all blocks: scaled as the weight type needs it, with the features in the
+// order of the weights' fragments, and permuted against bank conflicts. So one bulk copy loads a
+// stage's part of x. The warps that multiply compute the factors of an RMS norm while they wait for x,
+// and the sums of x for the zero points by wgmma with weights of one. Without kDirect a kernel between
+// the two (Staging) stores x so, and computes sums and factors once for all blocks; that takes longer
+// unless a block needs many sums (tuning.py). If the kernel that computes x cannot store it (x is a
+// sum over ranks or over products, columns are gathered, K has padding, or zero points need a sum of x
+// over a whole part of K), Staging stores it too, with kDirect without sums and factors. A block of
+// Staging is small enough to be resident on a multiprocessor together with a block of Wide.
 //
 // Bits: linear.cu divides K into as many parts as it has warps, sums each in one chain (with groups in
 // one or two chains per group, and with a sum for each strand) and adds the parts in order. Here a
@@ -44,9 +44,9 @@ struct StagingArgs {
   const int* features;   // see LinearArgs
 };
 
-// x in a stage of the ring: lines of x, then sums of x. kPairs: a stage has two units of a weight with
+// x in a stage of the ring: lines of x, then without kDirect sums of x. kPairs: a stage has two units of a weight with
 // groups, whose copies are long then; a copy of 1 KB occupies a warp nearly as long as one of 2 KB.
-template <class Weight, int kOctets, bool kPairs>
+template <class Weight, int kOctets, bool kPairs, bool kDirect>
 struct StageOf {
   static constexpr int kRows = 8 * kOctets;
   static constexpr int kUnitSlices = Weight::kUnitK / 32;
@@ -55,7 +55,8 @@ struct StageOf {
   static constexpr int kSliceGroups = Weight::kSliceGroups;
   static constexpr int kUnitGroups = kUnitSlices / kGroupSlices * kSliceGroups;
   static constexpr int kStrands = Weight::kStrands;
-  static constexpr bool kSums = Weight::kNeedsSums;  // of x
+  static constexpr bool kSums = Weight::kNeedsSums && !kDirect;  // of x
+  static_assert(!kDirect || kGroups || !Weight::kNeedsSums, "a sum over a whole part");
 
   static constexpr int kLineK = 64, kLineBytes = 128, kLineSlices = 2;
   static constexpr int kUnits =  // of a tile
@@ -72,9 +73,9 @@ struct StageOf {
 // Stores x as the operand of Wide. A warp has an octet of rows, and a stage (with kPairs one of its
 // units), or a whole part of K where its sum is one. With a norm the last blocks along x compute the
 // factors of its rows.
-template <class Weight, int kOctets, bool kPairs>
-struct Staging : StageOf<Weight, kOctets, kPairs> {
-  using S = StageOf<Weight, kOctets, kPairs>;
+template <class Weight, int kOctets, bool kPairs, bool kDirect>
+struct Staging : StageOf<Weight, kOctets, kPairs, kDirect> {
+  using S = StageOf<Weight, kOctets, kPairs, kDirect>;
   static constexpr int kPieces = kPairs ? 2 : 1;  // of a stage
   static constexpr int kPieceSlices = S::kLines * S::kLineSlices / kPieces;
 
@@ -87,7 +88,7 @@ struct Staging : StageOf<Weight, kOctets, kPairs> {
 
   __device__ __forceinline__ void run() const {
     launch_dependents();
-    if (args.squares != nullptr && blockIdx.x == gridDim.x - 1) {
+    if (!kDirect && args.squares != nullptr && blockIdx.x == gridDim.x - 1) {
       wait_for_predecessor();
       store_factors();
       return;
@@ -181,18 +182,18 @@ struct Staging : StageOf<Weight, kOctets, kPairs> {
   }
 };
 
-template <class Weight, int kOctets, bool kPairs>
+template <class Weight, int kOctets, bool kPairs, bool kDirect>
 __device__ __forceinline__ void stage_x(const StagingArgs& args) {
-  Staging<Weight, kOctets, kPairs>(args, threadIdx.x, blockIdx.z).run();
+  Staging<Weight, kOctets, kPairs, kDirect>(args, threadIdx.x, blockIdx.z).run();
 }
 
 // kTiles: tiles of each warp that multiplies. kOctets: octets of x. kHasNext: the result, or with a
 // norm epilogue its prescaled input, is stored as the operand of the next matrix product. kShares:
 // blocks share K.
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
-          bool kShares, bool kPairs>
-struct Wide : StageOf<Weight, kOctets, kPairs> {
-  using S = StageOf<Weight, kOctets, kPairs>;
+          bool kShares, bool kPairs, bool kDirect>
+struct Wide : StageOf<Weight, kOctets, kPairs, kDirect> {
+  using S = StageOf<Weight, kOctets, kPairs, kDirect>;
   using S::kGroups, S::kGroupSlices, S::kLineBytes, S::kLineSlices, S::kRows, S::kSums, S::kUnits;
   using S::kSliceGroups, S::kStrands, S::kUnitGroups, S::kUnitSlices;
 
@@ -209,7 +210,8 @@ struct Wide : StageOf<Weight, kOctets, kPairs> {
 
   static constexpr bool kSharesSums = kShares && kOctets >= 4;
 
-  static constexpr bool kComputesFactors = kNorm && Weight::kPlainRows;  // of the norm
+  static constexpr bool kSumsX = Weight::kNeedsSums && kDirect;
+  static constexpr bool kComputesFactors = kNorm && kDirect;  // of the norm
 
   using Output = ::Output<Weight, kEpilogue, kNorm, kHasNext>;
 
@@ -229,7 +231,7 @@ struct Wide : StageOf<Weight, kOctets, kPairs> {
   float4* totals;         // of this lane: [kTiles][kOctets][32]; not with split K
   float* best_value;      // of this warp, with kLogits: [kRows]
   int* best_index;
-  float* factors;         // with kComputesFactors: [kRows]
+  float* factors;         // with kComputesFactors: [kRows], 1 / rms of each row
   uint64_t* filled;       // [stages]: barrier, weights and x have arrived
   uint64_t* emptied;      // [stages]: barrier, every warp has read the stage
   uint64_t* factors_ready;  // barrier, with kComputesFactors
@@ -512,13 +514,10 @@ struct Wide : StageOf<Weight, kOctets, kPairs> {
 #pragma unroll 1
         for (int i = 0; i < min(kUnits, end_unit - unit); i++)
 #pragma unroll
-          for (int r = 0; r < kTiles; r++)
-#pragma unroll
-            for (int group = 0; group < kUnitGroups; group += kSliceGroups)
-              multiply_groups(weights + r * kTileBytes + i * Weight::kUnitBytes,
-                              slice_of(x, i * kUnitSlices),
-                              x_sums + (i * kUnitGroups + group) * kRows, group,
-                              sums[group / kSliceGroups][r]);
+          for (int group = 0; group < kUnitGroups; group += kSliceGroups)
+            multiply_groups(weights + i * Weight::kUnitBytes, slice_of(x, i * kUnitSlices),
+                            x_sums + (i * kUnitGroups + group) * kRows, group,
+                            sums[group / kSliceGroups]);
       } else {
 #pragma unroll
         for (int r = 0; r < kTiles; r++)
@@ -567,45 +566,90 @@ struct Wide : StageOf<Weight, kOctets, kPairs> {
   // of linear.cu. Several tiles' products in flight, or those of two halves of the rows, would gain
   // nothing: while one warpgroup waits, the other one works.
   __device__ __forceinline__ void multiply_groups(const uint8_t* weights, uint64_t x,
-                                                  const float* x_sums, int group,
-                                                  float sum[kOctets][4]) const {
+                                                  const float* staged_sums, int group,
+                                                  Sums sums) const {
     const int first = group / kSliceGroups * kGroupSlices;  // slice
-    uint32_t a[kGroupSlices][Weight::kTerms][2][4];
+    uint32_t ones[4];  // wgmma may read them until it is waited for
+    float x_total[2][kOctets][4];
+    if constexpr (kSumsX) begin_x_sums(x, first, ones, x_total);
+    float2 x_sums[kOctets][kSliceGroups] = {};
 #pragma unroll
-    for (int i = 0; i < kGroupSlices; i++)
-      operands_of<Weight>(weights, Weight::kUnitBytes, first + i, lane, a[i]);
-    float even[kOctets][4], odd[kOctets][4];
+    for (int r = 0; r < kTiles; r++) {
+      const uint8_t* unit = weights + r * kTileBytes;
+      uint32_t a[kGroupSlices][Weight::kTerms][2][4];
+#pragma unroll
+      for (int i = 0; i < kGroupSlices; i++)
+        operands_of<Weight>(unit, Weight::kUnitBytes, first + i, lane, a[i]);
+      if constexpr (kSumsX)
+        if (r == 0) end_x_sums(x_total, x_sums);
+      float even[kOctets][4], odd[kOctets][4];
+      warpgroup_begin();
+#pragma unroll
+      for (int i = 0; i < kGroupSlices; i++) {
+        const uint64_t b = slice_of(x, first + i);
+#pragma unroll
+        for (int term = 0; term < Weight::kTerms; term++)
+          if constexpr (Weight::kOneChain) {
+            if (i == 0 && term == 0)
+              warpgroup_mma<kOctets, false>(even, a[i][term][0], b);
+            else
+              warpgroup_mma<kOctets, true>(even, a[i][term][0], b);
+            warpgroup_mma<kOctets, true>(even, a[i][term][1], b + 2);
+          } else if (i == 0 && term == 0) {
+            warpgroup_mma<kOctets, false>(even, a[i][term][0], b);
+            warpgroup_mma<kOctets, false>(odd, a[i][term][1], b + 2);
+          } else {
+            warpgroup_mma<kOctets, true>(even, a[i][term][0], b);
+            warpgroup_mma<kOctets, true>(odd, a[i][term][1], b + 2);
+          }
+      }
+      warpgroup_commit();
+      warpgroup_wait();
+      warpgroup_result<kOctets>(even);
+      if constexpr (!Weight::kOneChain) warpgroup_result<kOctets>(odd);
+#pragma unroll
+      for (int c = 0; c < kOctets; c++) {
+        if constexpr (kSums)
+#pragma unroll
+          for (int half = 0; half < kSliceGroups; half++)
+            x_sums[c][half] = *reinterpret_cast<const float2*>(staged_sums + half * kRows + 8 * c);
+        add_groups<Weight>(sums[r][c], even[c], odd[c], x_sums[c], unit, group, g);
+      }
+    }
+  }
+
+  // Sums x over the slices of a group, as add_x does: every row of the result is the sum. The first
+  // tile's weights are dequantized meanwhile.
+  static __device__ __forceinline__ void begin_x_sums(uint64_t x, int first, uint32_t ones[4],
+                                                      float x_total[2][kOctets][4]) {
+    ones[0] = ones[1] = Weight::one(0), ones[2] = ones[3] = Weight::one(1);
     warpgroup_begin();
 #pragma unroll
     for (int i = 0; i < kGroupSlices; i++) {
       const uint64_t b = slice_of(x, first + i);
-#pragma unroll
-      for (int term = 0; term < Weight::kTerms; term++)
-        if constexpr (Weight::kOneChain) {
-          if (i == 0 && term == 0)
-            warpgroup_mma<kOctets, false>(even, a[i][term][0], b);
-          else
-            warpgroup_mma<kOctets, true>(even, a[i][term][0], b);
-          warpgroup_mma<kOctets, true>(even, a[i][term][1], b + 2);
-        } else if (i == 0 && term == 0) {
-          warpgroup_mma<kOctets, false>(even, a[i][term][0], b);
-          warpgroup_mma<kOctets, false>(odd, a[i][term][1], b + 2);
-        } else {
-          warpgroup_mma<kOctets, true>(even, a[i][term][0], b);
-          warpgroup_mma<kOctets, true>(odd, a[i][term][1], b + 2);
-        }
+      if (i == 0) {
+        warpgroup_mma<kOctets, false>(x_total[0], ones, b);
+        warpgroup_mma<kOctets, false>(x_total[1], ones, b + 2);
+      } else {
+        warpgroup_mma<kOctets, true>(x_total[0], ones, b);
+        warpgroup_mma<kOctets, true>(x_total[1], ones, b + 2);
+      }
     }
     warpgroup_commit();
+  }
+
+  static __device__ __forceinline__ void end_x_sums(float x_total[2][kOctets][4],
+                                                    float2 x_sums[kOctets][kSliceGroups]) {
     warpgroup_wait();
-    warpgroup_result<kOctets>(even);
-    if constexpr (!Weight::kOneChain) warpgroup_result<kOctets>(odd);
+    warpgroup_result<kOctets>(x_total[0]);
+    warpgroup_result<kOctets>(x_total[1]);
 #pragma unroll
     for (int c = 0; c < kOctets; c++) {
-      float2 x_sum[kSliceGroups];
+      const float of_rows[2][4] = {{x_total[0][c][0], x_total[0][c][1]},
+                                   {x_total[1][c][0], x_total[1][c][1]}};
 #pragma unroll
       for (int half = 0; half < kSliceGroups; half++)
-        x_sum[half] = *reinterpret_cast<const float2*>(x_sums + half * kRows + 8 * c);
-      add_groups<Weight>(sum[c], even[c], odd[c], x_sum, weights, group, g);
+        x_sums[c][half] = x_sum_of<Weight>(of_rows, half);
     }
   }
 
@@ -726,9 +770,9 @@ struct Wide : StageOf<Weight, kOctets, kPairs> {
         for (int c = 0; c < kAtOnce; c++) total[c] = totals[(r * kOctets + octet + c) * 32];
 #pragma unroll
       for (int c = 0; c < kAtOnce; c++) {
-        const float factors[2] = {factor[c].x, factor[c].y};
+        const float of_rows[2] = {factor[c].x, factor[c].y};
         Best best[2];
-        output.write_tile(total[c], tile + r, octet + c, inputs[c], factors, best, next);
+        output.write_tile(total[c], tile + r, octet + c, inputs[c], of_rows, best, next);
         if (kEpilogue == kLogits) keep_best(best, octet + c);
       }
     }
@@ -765,15 +809,16 @@ struct Wide : StageOf<Weight, kOctets, kPairs> {
 };
 
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
-          bool kShares, bool kPairs>
+          bool kShares, bool kPairs, bool kDirect>
 __device__ __forceinline__ void wide(const LinearArgs& args) {
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares, kPairs>::run(args, nullptr);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares, kPairs, kDirect>::run(args,
+                                                                                       nullptr);
 }
 
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
-          bool kShares, bool kPairs>
+          bool kShares, bool kPairs, bool kDirect>
 __device__ __forceinline__ void wide(const PlainRowsArgs& args) {
   if (threadIdx.x == 0) prefetch_map(&args.map);
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares, kPairs>::run(args.linear,
-                                                                               &args.map);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares, kPairs, kDirect>::run(
+      args.linear, &args.map);
 }

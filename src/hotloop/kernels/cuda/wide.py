@@ -17,13 +17,25 @@ from torch import Tensor
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call
 from hotloop.kernels.cuda.linear import EPILOGUES, GemmPlan, NextOperand, PrescaledInput
-from hotloop.kernels.cuda.packing import TILE_ROWS, Format
+from hotloop.kernels.cuda.packing import HALF_SLICE, TILE_ROWS, Format, Kind
 
 WARPS = 8  # kWarps of wide.cu
 OCTETS = (2, 4, 8)  # of its instances
 _LOADERS = 4  # kLoaders
 _BOX_TILES = 2  # kBoxTiles
 _LINE = 64  # kLineK
+
+_ONES = 0x3F803F80
+_INPUT_SCALES: dict[Kind, tuple[int, int]] = {
+    "bf16": (_ONES, _ONES),
+    "lut4": (_ONES, _ONES),
+    "fp8": (0x5D805D80, 0x5D805D80),
+    "int8": (0x60806080, 0x60806080),
+    "nested": (0x60806080, 0x60806080),
+    "int4": (0x60806080, 0x5E805E80),
+    "uint4": (0x60806080, 0x5E805E80),
+}
+_E2M1_SCALE = 0x5F005F00  # of a table that is e2m1
 
 
 class StagingArguments(Arguments):
@@ -47,6 +59,8 @@ class WideTuning:
         ring_bytes: The most shared memory of a block for copies in flight.
         early_bytes: Bytes of weights that a block issues before it waits for x, in whole stages.
         pairs: A stage has two units of a tile: of a weight with groups whose units lie together.
+        direct: The kernel computes sums of x and the factors of a norm itself, so that the kernel
+            that computes x can store it; see ``wide.cu``. Plain rows require it.
     """
 
     tiles: int = 1
@@ -54,6 +68,7 @@ class WideTuning:
     ring_bytes: int = 1 << 20
     early_bytes: int = 1 << 20
     pairs: bool = False
+    direct: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +89,7 @@ class WidePlan(GemmPlan):
         assert not self.has_next or self.epilogue in ("plain", "swiglu"), f"{self.epilogue}"
         assert 1 <= self.wide.splits <= self.tuning.warps, "each split has a part of K"
         assert not self.wide.pairs or pairs_units(self.form), f"pairs of {self.form}"
+        assert not self.wide.direct or can_be_direct(self.form), f"{self.form} needs staged sums"
 
     @property
     def octets(self) -> int:
@@ -147,13 +163,13 @@ class WidePlan(GemmPlan):
         return self.tuning.warps * self.part_stages * self._x_bytes + factors
 
     @property
-    def _computes_factors(self) -> bool:
-        """``kComputesFactors`` of ``wide.cu``: the matrix product computes the norm's factors."""
-        return self.norm and self.form.plain_rows
+    def is_direct(self) -> bool:
+        """``kDirect`` of ``wide.cu``."""
+        return self.wide.direct or self.form.plain_rows
 
     @property
     def _stages_factors(self) -> bool:
-        return self.norm and not self._computes_factors
+        return self.norm and not self.is_direct
 
     @property
     def stores_operand(self) -> bool:
@@ -164,13 +180,14 @@ class WidePlan(GemmPlan):
     def is_staged_before(self) -> bool:
         """Whether the kernel that computes x stores it as the operand, instead of ``staging``.
 
-        It does so only with plain rows, and if every part of K ends at the end of a stage: it
-        cannot store the zeros that fill an incomplete stage. For packed weights x must be scaled,
-        and for most of them summed, which a separate kernel does in less time.
+        That kernel gathers no columns. It cannot store the zeros of padding, or those that fill the
+        incomplete stages of a weight without groups.
         """
-        parts, step = self.tuning.warps, self._stage_units
-        firsts = (self.form.units * part // parts for part in range(parts + 1))
-        return self.form.plain_rows and all(unit % step == 0 for unit in firsts)
+        form, parts, step = self.form, self.tuning.warps, self._stage_units
+        if not self.is_direct or form.permuted or form.k != form.units * form.unit_k:
+            return False
+        firsts = (form.units * part // parts for part in range(parts + 1))
+        return form.group_size is not None or all(unit % step == 0 for unit in firsts)
 
     def next_operand(self, operand: Tensor) -> NextOperand:
         """Returns the description of ``operand`` for the kernel that computes x.
@@ -183,9 +200,12 @@ class WidePlan(GemmPlan):
         return NextOperand(
             operand=operand,
             units=self.form.units,
+            unit_k=self.form.unit_k,
             parts=self.tuning.warps,
             part_stages=self.part_stages,
+            stage_units=self._stage_units,
             rows=8 * self.octets,
+            scales=_input_scales(self.form),
         )
 
     def staging(
@@ -232,9 +252,9 @@ class WidePlan(GemmPlan):
     def staging_kernel(self) -> Kernel:
         """The kernel of ``staging``."""
         return Kernel(
-            name=f"stage_x_{self.form.label}_c{self.octets}{'_pairs' * self.wide.pairs}",
+            name=f"stage_x_{self.form.label}{_label(self._layout)}_c{self.octets}",
             file="wide.cu",
-            function=f"stage_x<{self.form.struct}, {self.octets}, {str(self.wide.pairs).lower()}>",
+            function=f"stage_x<{self.form.struct}, {self.octets}, {_switches(self._layout)}>",
             args="StagingArgs",
             threads=32 * min(self.octets, 4),
         )
@@ -254,7 +274,7 @@ class WidePlan(GemmPlan):
         """``StageOf::kBytes`` of ``wide.cu``: x and sums of x in a stage."""
         form, rows, k = self.form, 8 * self.octets, self._stage_units * self.form.unit_k
         groups = k // form.group_size if form.group_size else 1
-        return 2 * rows * k + (4 * rows * groups if form.needs_sums else 0)
+        return 2 * rows * k + (4 * rows * groups if form.needs_sums and not self.is_direct else 0)
 
     @property
     def _stage_bytes(self) -> int:
@@ -276,7 +296,8 @@ class WidePlan(GemmPlan):
         rows, tiles = 8 * self.octets, WARPS * self.wide.tiles
         totals = 4 * tiles * TILE_ROWS * rows if self.wide.splits == 1 else 0
         best = 8 * WARPS * rows if self.epilogue == "logits" else 0
-        factors = self._factor_bytes + 8 if self._computes_factors else 0  # and their barrier
+        computes_factors = self.norm and self.is_direct
+        factors = self._factor_bytes + 8 if computes_factors else 0  # and their barrier
         words = self.tuning.warps + self.wide.splits + 2
         return totals + best + factors + -(-4 * words // 8) * 8
 
@@ -285,26 +306,47 @@ class WidePlan(GemmPlan):
         return 4 * 8 * self.octets
 
     @property
+    def _layout(self) -> Mapping[str, bool]:
+        """The template parameters that decide the layout of x in a stage."""
+        return {"pairs": self.wide.pairs, "direct": self.is_direct}
+
+    @property
     def kernel(self) -> Kernel:
         """The instance of ``wide.cu``."""
         form, tiles, octets = self.form, self.wide.tiles, self.octets
         flags = {"norm": self.norm, "next": self.has_next, "shared": self.wide.splits > 1}
-        flags["pairs"] = self.wide.pairs
-        features = "".join(f"_{name}" for name, flag in flags.items() if flag)
-        switches = ", ".join(str(flag).lower() for flag in flags.values())
+        flags |= self._layout
         epilogue = EPILOGUES[self.epilogue]
         return Kernel(
-            name=f"wide_{form.label}_{self.epilogue}{features}_t{tiles}c{octets}",
+            name=f"wide_{form.label}_{self.epilogue}{_label(flags)}_t{tiles}c{octets}",
             file="wide.cu",
-            function=f"wide<{form.struct}, {tiles}, {octets}, {epilogue}, {switches}>",
+            function=f"wide<{form.struct}, {tiles}, {octets}, {epilogue}, {_switches(flags)}>",
             args=self.args_struct,
             threads=32 * (WARPS + _LOADERS),
         )
 
 
+def _label(flags: Mapping[str, bool]) -> str:
+    return "".join(f"_{name}" for name, flag in flags.items() if flag)
+
+
+def _switches(flags: Mapping[str, bool]) -> str:
+    return ", ".join(str(flag).lower() for flag in flags.values())
+
+
+def _input_scales(form: Format) -> tuple[int, int]:
+    """Returns ``input_scale`` of ``weights.cuh``, as the bits of two bfloat16 each."""
+    return (_E2M1_SCALE, _E2M1_SCALE) if form.is_e2m1 else _INPUT_SCALES[form.kind]
+
+
 def pairs_units(form: Format) -> bool:
     """Tells whether a stage can have two units of a weight: short ones of groups."""
     return form.group_size is not None and form.kind != "nested" and form.unit_bytes < 1536
+
+
+def can_be_direct(form: Format) -> bool:
+    """Tells whether ``WideTuning.direct`` is possible: sums of x are over groups within slices."""
+    return form.group_size != HALF_SLICE and (form.group_size is not None or not form.needs_sums)
 
 
 def max_counters(form: Format) -> int:
