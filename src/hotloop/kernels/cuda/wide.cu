@@ -44,8 +44,9 @@ struct StagingArgs {
   const int* features;   // see LinearArgs
 };
 
-// x in a stage of the ring: lines of x, then without kDirect sums of x. kPairs: a stage has two units of a weight with
-// groups, whose copies are long then; a copy of 1 KB occupies a warp nearly as long as one of 2 KB.
+// x in a stage of the ring: lines of x, then without kDirect sums of x. kPairs: a stage has two units
+// of a weight with groups, whose copies are long then; a copy of 1 KB occupies a warp nearly as long as
+// one of 2 KB.
 template <class Weight, int kOctets, bool kPairs, bool kDirect>
 struct StageOf {
   static constexpr int kRows = 8 * kOctets;
