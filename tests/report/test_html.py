@@ -15,6 +15,7 @@ import html5lib
 import pytest
 from report_records import NOISE, drafting, record
 
+from hotloop import quant
 from hotloop.bench.record import Figure, Record, TaskFigures, Workload
 from hotloop.bench.statistics import mean_figure
 from hotloop.cli.app import main
@@ -309,6 +310,13 @@ def test_a_reader_finds_what_the_parts_of_a_name_mean_and_only_of_those_that_occ
     assert [part for part in explained if part != "a/b/…"] == parts
     page = text_of(parsed(to_html([split, theirs])))
     assert all(meaning in page for meaning in explained.values())
+
+
+@pytest.mark.parametrize("scheme", quant.WITH_OPTIONS)
+def test_each_part_of_a_scheme_is_explained(scheme):
+    named = cell(scheme.replace("gN", "g64"), "eager", 60, loss=None)
+    explained = dict(explain_names([named]))
+    assert set(named.config["quant"].split("-")) <= explained.keys()
 
 
 def test_parts_of_a_step_add_up_to_it_and_none_is_negative_even_beyond_the_bandwidth():

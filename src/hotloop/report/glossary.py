@@ -21,6 +21,7 @@ _SCHEMES = {
 _OPTIONS = {
     "asym": "asymmetric: each scale has an offset",
     "zp": "asymmetric: each scale has an integer zero point",
+    "cal": "calibrated: scales are searched for, weighted by activations",
 }
 
 _EXECUTIONS = {

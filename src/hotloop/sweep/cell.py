@@ -91,7 +91,7 @@ def refuse_cell(job: Job) -> Record | None:
         attempt.predict()
         if attempt.predicted_oom_record() is None:
             return None
-        attempt.prepare()
+        attempt.prepare()  # the record names the machine whose memory is too small
     except Exception as error:
         return attempt.failure_record(error)
     return attempt.predicted_oom_record()
