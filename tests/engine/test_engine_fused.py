@@ -406,6 +406,28 @@ def test_what_computes_many_rows_stores_them_as_the_next_product_reads_them(sche
 
 
 @torch.inference_mode()
+def test_after_sums_over_ranks_a_kernel_stages_many_rows_and_sums_them_too():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny)
+    keys |= {"hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
+    keys |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+    model = Model(keys, "int4-g128", "none", torch.bfloat16, fused=True)
+    h200 = dataclasses.replace(EmulatedDevice.limits, warpgroups=True, bytes_per_s=4.8e12)
+    rows, results = torch.arange(18).view(2, 9), []
+    for limits in (EmulatedDevice.limits, h200):
+        device = EmulatedDevice(limits)
+        (peers,) = ThreadRanks(1).run(lambda group: Peers.of(group, model.decoder, 0, rows=18))
+        forward = FusedForward(
+            model.decoder, model.cache, device, n_tokens=128, n_layers=1, sharded=True, peers=peers
+        )
+        results.append(forward(rows, 3 + rows % 9, torch.arange(2)))
+    names = [name for name, _ in device.launched if name.startswith("wide_int4")]
+    assert ["_norm" in name for name in names] == [True, False, True, False]
+    assert [name for name in names if "_direct" not in name] == names[::2]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.inference_mode()
 def test_all_kernels_but_the_first_may_overlap_their_predecessor():
     keys = dict(resolve("architecture", FAMILIES, "Qwen3ForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()

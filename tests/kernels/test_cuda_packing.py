@@ -321,6 +321,37 @@ def test_x_of_a_permuted_weight_is_gathered_once_where_it_does_not_fit(k, rows, 
     assert isinstance(plans[H100], LinearPlan), "wide.cu was measured on an H200 alone"
 
 
+@pytest.mark.parametrize(
+    ("width", "hidden", "rows", "direct"),
+    [
+        (4096, 14336, 32, {"qkv", "o", "gate_up", "down"}),
+        (4096, 14336, 64, {"qkv", "o"}),
+        (5120, 13824, 32, {"o"}),
+    ],
+)
+def test_blocks_that_need_few_sums_of_x_compute_them_unless_x_is_staged_anyway(
+    width, hidden, rows, direct
+):
+    qkv = 3 * width if width == 5120 else width + 2 * 1024
+    shapes = {"qkv": (qkv, width), "o": (width, width)}
+    shapes |= {"gate_up": (2 * hidden, width), "down": (width, hidden)}
+
+    def chosen(*, rows: int, staged: bool) -> set[str]:
+        found = set()
+        for name, (n, k) in shapes.items():
+            form = Format(**KINDS["int4-g128"], n=n, k=k, paired=name == "gate_up")
+            tuning, epilogue = linear_tuning(form, H200, name), "swiglu" if form.paired else "plain"
+            plans = plan_rows(
+                form, rows, epilogue, norm=False, tuning=tuning, limits=H200, staged=staged
+            )
+            found |= {name} if any(plan.wide.direct for _, plan in plans) else set()
+        return found
+
+    assert chosen(rows=rows, staged=False) == direct
+    assert not chosen(rows=rows, staged=True)
+    assert not chosen(rows=64 + rows, staged=False), "several launches share one x"
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_the_sums_of_many_rows_fit_the_registers(name):
     for n, rows in itertools.product((4096, 28672), (17, 32, 64)):

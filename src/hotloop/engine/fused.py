@@ -669,6 +669,8 @@ class _Plans:
             linear: Linear, projection: Projection, epilogue: Epilogue = "plain", *, norm: bool
         ) -> _LinearPlans:
             forms = fused_forms(linear)
+            # Inputs with a norm are sums over ranks; and a weight in pieces has no single operand.
+            staged = (sharded and norm) or len(forms) > 1
             return [
                 plan_rows(
                     form,
@@ -677,6 +679,7 @@ class _Plans:
                     norm=norm,
                     tuning=linear_tuning(form, limits, projection),
                     limits=limits,
+                    staged=staged,
                 )
                 for form, epilogue in zip(forms, _epilogues(epilogue, len(forms)), strict=True)
             ]

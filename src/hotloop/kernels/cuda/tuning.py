@@ -245,7 +245,9 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
     return unfit, warps * units_of_warp - form.units, -copied
 
 
-def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuning:
+def wide_tuning(
+    form: Format, rows: int, parts: int, limits: Limits, *, staged: bool = False
+) -> WideTuning:
     """Chooses the tuning of a matrix product by ``wide.cu`` that takes the fewest clock cycles.
 
     Args:
@@ -253,6 +255,7 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
         rows: M.
         parts: Parts of K.
         limits: Limits of the device.
+        staged: A staging kernel stores x in any case.
     """
     octets = next(c for c in WIDE_OCTETS if rows <= 8 * c)
     most = (MAX_WIDE_ACCUMULATORS - octets) // (octets * form.strands)
@@ -265,9 +268,10 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
     pairs = octets <= MAX_PAIRED_OCTETS and pairs_units(form)
     features = form.unit_k * _block_items(form, best, limits) * _item_units(form, parts, best)
     few_sums = not form.needs_sums or octets * features <= MAX_DIRECT_SUMS
-    # Otherwise the kernel before cannot store x; the staging kernel does, and may as well sum it.
-    can_be_stored = not form.permuted and form.k % form.unit_k == 0 and can_be_direct(form)
-    return dataclasses.replace(best, pairs=pairs, direct=can_be_stored and few_sums)
+    # Where a staging kernel stores x in any case, it may as well sum it.
+    staged |= form.permuted or form.k % form.unit_k > 0
+    direct = not staged and few_sums and can_be_direct(form)
+    return dataclasses.replace(best, pairs=pairs, direct=direct)
 
 
 def _block_items(form: Format, wide: WideTuning, limits: Limits) -> int:
@@ -305,8 +309,12 @@ def plan_rows(
     norm: bool,
     tuning: Tuning,
     limits: Limits,
+    staged: bool = False,
 ) -> list[tuple[slice, GemmPlan]]:
-    """Plans any number of rows: splits them into the largest launches that fit the device."""
+    """Plans any number of rows: splits them into the largest launches that fit the device.
+
+    ``staged``: the kernel that computes x cannot store it for ``wide.cu``; see ``wide_tuning``.
+    """
 
     def linear(n: int) -> LinearPlan:
         return LinearPlan(
@@ -323,7 +331,7 @@ def plan_rows(
     def plan(n: int) -> GemmPlan:
         if not is_wide(n):
             return linear(n)
-        wide = wide_tuning(form, n, tuning.warps, limits)
+        wide = wide_tuning(form, n, tuning.warps, limits, staged=staged or n < rows)
         return WidePlan(
             form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits, wide=wide
         )
